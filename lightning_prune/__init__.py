@@ -1,0 +1,1 @@
+"""Composable PyTorch Lightning callbacks for pruning."""

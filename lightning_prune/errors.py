@@ -1,0 +1,44 @@
+"""The errors and the warning that this library raises, in one place.
+
+Every message says what was given, what was expected, where, and what to do.
+"""
+
+
+class PruneError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class ConfigError(PruneError, ValueError):
+    """An argument, or a combination of callbacks, that cannot work."""
+
+
+class SelectionError(PruneError, ValueError):
+    """Scores or counts from which no mask can be selected."""
+
+
+class MaskMismatchError(PruneError, ValueError):
+    """Masks, a ticket or a plan that belong to another network."""
+
+
+class FileFormatError(PruneError, ValueError):
+    """A file that is damaged, foreign, or written by a later version."""
+
+
+class ResumeError(PruneError, RuntimeError):
+    """A checkpoint from which this run cannot go on."""
+
+
+class TraceError(PruneError, RuntimeError):
+    """A model whose channels cannot be followed."""
+
+
+class BudgetError(PruneError, ValueError):
+    """A budget that cannot be met."""
+
+
+class EqualityError(PruneError, RuntimeError):
+    """A compact model that does not compute what its masked parent computes."""
+
+
+class NoEffectWarning(UserWarning):
+    """Something was asked for and changed nothing."""
