@@ -24,6 +24,10 @@ class FileFormatError(PruneError, ValueError):
     """A file that is damaged, foreign, or written by a later version."""
 
 
+class WriteError(PruneError, OSError):
+    """A file that the system could not write; the earlier one is unchanged."""
+
+
 class ResumeError(PruneError, RuntimeError):
     """A checkpoint from which this run cannot go on."""
 
