@@ -19,15 +19,22 @@ def describe_environment(device: torch.device | str | None = None) -> dict[str, 
     commit = _git("rev-parse", "HEAD")
     changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "python": platform.python_version(),
+        **package_versions(),
         "platform": platform.platform(),
-        "torch": torch.__version__,
-        "lightning": _version("lightning") or _version("pytorch-lightning"),
-        "lightning_prune": _version("lightning-prune"),
         "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "git_commit": commit,
         "git_changed": None if changes is None else bool(changes),
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python, torch, Lightning and this library; None for what is not installed as a package."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": _version("lightning") or _version("pytorch-lightning"),
+        "lightning_prune": _version("lightning-prune"),
     }
 
 
