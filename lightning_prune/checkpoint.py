@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_prune.environment import package_versions
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
-from lightning_prune.files import pack_bits, read_tensors, unpack_bits, write_tensors
+from lightning_prune.files import read_tensors, write_tensors
 from lightning_prune.masks import MaskSet, canonical_name
 
 KIND = "ticket"
@@ -93,14 +93,14 @@ def save_ticket(path: str | Path, ticket: Ticket) -> None:
         ConfigError: Two names that differ only in a compiler's prefix, or a tensor that safetensors cannot hold.
         WriteError: The system could not write; an earlier file is unchanged.
     """
-    masks = {canonical_name(name): mask for name, mask in ticket.masks.items()}
     weights = {canonical_name(name): tensor for name, tensor in ticket.weights.items()}
-    if len(masks) != len(ticket.masks) or len(weights) != len(ticket.weights):
+    if len(weights) != len(ticket.weights):
         raise ConfigError("the ticket holds a tensor twice, with and without the '_orig_mod.' of torch.compile.")
+    masks = ticket.masks.state_dict()
     tensors = {_WEIGHT + name: tensor for name, tensor in weights.items()}
-    tensors |= {_MASK + name: pack_bits(mask) for name, mask in masks.items()}
+    tensors |= {_MASK + name: tensor for name, tensor in masks.pop("tensors").items()}
     header = {
-        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+        "masks": masks,
         "digest": ticket.masks.digest(),
         "info": {"versions": package_versions()} | ticket.info,
     }
@@ -117,13 +117,12 @@ def load_ticket(path: str | Path) -> Ticket:
     damaged = f"{path} is a damaged ticket"
     if not isinstance(header, dict) or not isinstance(header.get("info"), dict):
         raise FileFormatError(f"{damaged}: its header has no info.")
-    shapes = header.get("shapes")
     packed = {name.removeprefix(_MASK): t for name, t in tensors.items() if name.startswith(_MASK)}
     weights = {name.removeprefix(_WEIGHT): t for name, t in tensors.items() if name.startswith(_WEIGHT)}
-    if not isinstance(shapes, dict) or shapes.keys() != packed.keys() or len(packed) + len(weights) != len(tensors):
-        raise FileFormatError(f"{damaged}: the masks in its header are not those in the file.")
+    if not isinstance(header.get("masks"), dict) or len(packed) + len(weights) != len(tensors):
+        raise FileFormatError(f"{damaged}: its header has no masks, or it holds what is neither mask nor weight.")
     try:
-        masks = MaskSet({name: unpack_bits(packed[name], shape) for name, shape in shapes.items()})
+        masks = MaskSet.from_state_dict(header["masks"] | {"tensors": packed})
     except FileFormatError as error:
         raise FileFormatError(f"{damaged}: {error}") from error
     if masks.digest() != header.get("digest"):
