@@ -1,0 +1,306 @@
+"""Named boolean masks: which entries of which parameters are kept."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import FileFormatError, MaskMismatchError, SelectionError
+from lightning_prune.files import pack_bits, read_tensors, unpack_bits, write_tensors
+from lightning_prune.prunable import canonical_name, close_names, prunable_parameters
+
+__all__ = ["MaskSet", "canonical_name", "prunable_parameters"]
+
+_VERSION = 1
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Masks of a module's parameters: name -> boolean tensor of the parameter's shape, ``True`` = kept.
+
+    A set is a value: its operations give new sets, and its tensors are not to be written to. Names are kept in the
+    order given and without the parts that ``torch.compile`` adds (:func:`canonical_name`), so that masks of a compiled
+    module fit the plain one; look-ups take either spelling. Two sets are equal when names, masks and fills are,
+    whatever the order.
+
+    Args:
+        masks: Boolean tensors by parameter name.
+        fills: Values that pruned entries of some of the parameters hold instead of 0, by name, each of its mask's
+            shape; values at kept entries are forgotten. For supermask actions that freeze pruned weights at a nonzero
+            value. Default: ``None``, pruned entries are 0.
+
+    Raises:
+        SelectionError: A name that is no string, a mask that is no boolean tensor, or the same name twice.
+        MaskMismatchError: A fill without a mask, of another shape, or not of a floating dtype.
+
+    Example:
+        >>> masks = MaskSet({"weight": torch.tensor([[True, False], [True, True]])})
+        >>> masks.kept, masks.total, masks.density
+        (3, 4, 0.75)
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor], fills: Mapping[str, Tensor] | None = None) -> None:
+        self._masks: dict[str, Tensor] = {}
+        for name, mask in masks.items():
+            if not isinstance(name, str):
+                raise SelectionError(f"masks are named by strings (a parameter's name), got {name!r}.")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                found = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+                raise SelectionError(
+                    f"the mask of {name!r} must be a boolean tensor (True = kept), got {found}; use `tensor != 0`."
+                )
+            if canonical_name(name) in self._masks:
+                raise SelectionError(f"there are two masks for {canonical_name(name)!r}; give each parameter one.")
+            self._masks[canonical_name(name)] = mask.detach()
+        self._fills: dict[str, Tensor] = {}
+        for name, fill in (fills or {}).items():
+            name = canonical_name(name)
+            if name not in self._masks:
+                raise MaskMismatchError(f"there is a fill for {name!r} but no mask{close_names(name, self._masks)}")
+            if not isinstance(fill, Tensor) or fill.shape != self._masks[name].shape or not fill.is_floating_point():
+                found = f"{tuple(fill.shape)} of {fill.dtype}" if isinstance(fill, Tensor) else type(fill).__name__
+                raise MaskMismatchError(
+                    f"the fill of {name!r} must be a floating tensor of its mask's shape "
+                    f"{tuple(self._masks[name].shape)}, got {found}."
+                )
+            mask = self._masks[name]
+            self._fills[name] = fill.detach().to(mask.device).masked_fill(mask, 0)
+
+    @classmethod
+    def dense_like(cls, tensors: Mapping[str, Tensor]) -> "MaskSet":
+        """Masks that keep everything, one for each of ``tensors``, on their devices."""
+        return cls({n: torch.ones_like(t, dtype=torch.bool, requires_grad=False) for n, t in tensors.items()})
+
+    # ------------------------------------------------------------------ a mapping
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name] if name in self._masks else self._masks[canonical_name(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        filled = f", {len(self._fills)} with a fill" if self._fills else ""
+        return f"MaskSet({len(self)} tensors, {self.kept} of {self.total} entries kept{filled})"
+
+    @property
+    def fills(self) -> Mapping[str, Tensor]:
+        """What pruned entries hold instead of 0, by name; empty where all are 0."""
+        return dict(self._fills)
+
+    # ------------------------------------------------------------------ counts
+
+    @property
+    def kept(self) -> int:
+        """Number of kept entries."""
+        return sum(kept for kept, _ in self.kept_per_tensor().values())
+
+    @property
+    def total(self) -> int:
+        """Number of entries, kept or not, of the tensors that have a mask."""
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def density(self) -> float:
+        """``kept / total``, in [0, 1]; of the tensors that have a mask. 1 for an empty set."""
+        total = self.total
+        return self.kept / total if total else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """``(total - kept) / total``, in [0, 1]; of the tensors that have a mask. 0 for an empty set."""
+        total = self.total
+        return (total - self.kept) / total if total else 0.0
+
+    def kept_per_tensor(self) -> dict[str, tuple[int, int]]:
+        """Kept entries and all entries of each tensor, by name."""
+        return {name: (int(torch.count_nonzero(mask)), mask.numel()) for name, mask in self._masks.items()}
+
+    # ------------------------------------------------------------------ use
+
+    def apply_(self, module: nn.Module) -> None:
+        """Set the pruned entries of ``module``'s parameters, in place, to exactly 0 or to their fill.
+
+        Every parameter is checked before the first is written to. Only values change: no hooks, no new parameters.
+
+        Args:
+            module: A module with a parameter for every mask; compiled or plain.
+
+        Raises:
+            MaskMismatchError: A parameter is missing or has another shape.
+        """
+        found = {canonical_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+        for name, mask in self._masks.items():
+            if name not in found:
+                raise MaskMismatchError(
+                    f"the masks belong to another network: {type(module).__name__} has no parameter {name!r}"
+                    + close_names(name, found)
+                )
+            if found[name].shape != mask.shape:
+                raise MaskMismatchError(
+                    f"the masks belong to another network: parameter {name!r} of {type(module).__name__} has shape "
+                    f"{tuple(found[name].shape)}, its mask {tuple(mask.shape)}."
+                )
+        with torch.no_grad():
+            for name, mask in self._masks.items():
+                parameter = found[name]
+                pruned = mask.to(parameter.device).logical_not()
+                parameter.masked_fill_(pruned, 0)
+                if name in self._fills:
+                    parameter.copy_(torch.where(pruned, self._fills[name].to(parameter), parameter))
+
+    def to(self, device: torch.device | str) -> "MaskSet":
+        """The same masks on ``device``."""
+        return MaskSet(
+            {name: mask.to(device) for name, mask in self._masks.items()},
+            {name: fill.to(device) for name, fill in self._fills.items()},
+        )
+
+    def __and__(self, other: "MaskSet") -> "MaskSet":
+        """Keep what both keep. An entry pruned by both takes the left set's fill (or 0), else that of its pruner.
+
+        Raises:
+            MaskMismatchError: Other names or shapes.
+        """
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        self._require_same_tensors(other)
+        masks, fills = {}, {}
+        for name, mask in self._masks.items():
+            masks[name] = mask & other._masks[name].to(mask.device)
+            if name in self._fills or name in other._fills:
+                dtype = (self._fills if name in self._fills else other._fills)[name].dtype
+                zero = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                mine, theirs = self._fills.get(name, zero).to(zero), other._fills.get(name, zero).to(zero)
+                fills[name] = torch.where(mask, theirs, mine)
+        return MaskSet(masks, fills)
+
+    def __le__(self, other: "MaskSet") -> bool:
+        """Whether these masks are nested in ``other``: every entry that these keep, ``other`` keeps.
+
+        Raises:
+            MaskMismatchError: Other names or shapes.
+        """
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        self._require_same_tensors(other)
+        return all(not bool((mask & ~other._masks[name].to(mask.device)).any()) for name, mask in self._masks.items())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        return _equal(self._masks, other._masks) and _equal(self._fills, other._fills)
+
+    __hash__ = None  # type: ignore[assignment]  # holds tensors
+
+    def _require_same_tensors(self, other: "MaskSet") -> None:
+        if self._masks.keys() != other._masks.keys():
+            odd = ", ".join(map(repr, sorted(self._masks.keys() ^ other._masks.keys())[:5]))
+            raise MaskMismatchError(f"the two mask sets belong to different networks: only one of them has {odd}.")
+        for name, mask in self._masks.items():
+            if mask.shape != other._masks[name].shape:
+                raise MaskMismatchError(
+                    f"the two mask sets belong to different networks: {name!r} has shape {tuple(mask.shape)} in one "
+                    f"and {tuple(other._masks[name].shape)} in the other."
+                )
+
+    # ------------------------------------------------------------------ on disk
+
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) over names, shapes, masks and fills. Equal sets have equal digests on every device."""
+        sha = hashlib.sha256()
+        tensors, header = self._pack()
+        sha.update(json.dumps(header, sort_keys=True).encode())
+        for name in sorted(tensors):
+            sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the masks to ``path``, one bit an entry, atomically: after an error the earlier file is intact."""
+        tensors, header = self._pack()
+        write_tensors(path, tensors, kind="masks", version=_VERSION, header=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "MaskSet":
+        """Read what :meth:`save` wrote. The masks are on the CPU.
+
+        Raises:
+            FileFormatError: The file is missing, damaged, foreign or of a later version.
+        """
+        tensors, header = read_tensors(path, kind="masks", version=_VERSION)
+        return cls._unpack(tensors, header, str(path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, one bit an entry, as plain dicts, lists, strings, numbers and CPU tensors.
+
+        ``torch.load(weights_only=True)`` reads it back.
+        """
+        tensors, header = self._pack()
+        return {"version": _VERSION, "header": header, "tensors": tensors}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "MaskSet":
+        """Undo :meth:`state_dict`. The masks are on the CPU.
+
+        Raises:
+            FileFormatError: ``state`` is not such a state, or of a later version.
+        """
+        if not isinstance(state, Mapping) or not isinstance(state.get("tensors"), Mapping):
+            raise FileFormatError("this is no state of masks: expected what MaskSet.state_dict() returns.")
+        version = state.get("version")
+        if not isinstance(version, int) or not 1 <= version <= _VERSION:
+            raise FileFormatError(
+                f"the masks' state has version {version!r}, this library reads up to {_VERSION}; "
+                "upgrade lightning-prune."
+            )
+        return cls._unpack(state["tensors"], state.get("header"), "the masks' state")
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"mask:{name}": pack_bits(mask).cpu() for name, mask in self._masks.items()}
+        tensors.update({f"fill:{name}": fill.contiguous().cpu() for name, fill in self._fills.items()})
+        shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
+        return tensors, {"shapes": shapes, "fills": {name: str(fill.dtype) for name, fill in self._fills.items()}}
+
+    @classmethod
+    def _unpack(cls, tensors: Mapping[str, Tensor], header: Any, where: str) -> "MaskSet":
+        shapes = header.get("shapes") if isinstance(header, Mapping) else None
+        fills = header.get("fills") if isinstance(header, Mapping) else None
+        if not isinstance(shapes, Mapping) or not isinstance(fills, Mapping) or not fills.keys() <= shapes.keys():
+            raise FileFormatError(f"{where}: the header does not list the masks and their shapes.")
+        expected = {f"mask:{name}" for name in shapes} | {f"fill:{name}" for name in fills}
+        if tensors.keys() != expected:
+            odd = ", ".join(map(repr, sorted(tensors.keys() ^ expected)[:5]))
+            raise FileFormatError(f"{where}: the header and the tensors do not belong together; they differ in {odd}.")
+        masks = {name: _unpack_mask(tensors[f"mask:{name}"], shape, name, where) for name, shape in shapes.items()}
+        try:
+            return cls(masks, {name: tensors[f"fill:{name}"] for name in fills})
+        except (SelectionError, MaskMismatchError) as error:
+            raise FileFormatError(f"{where}: {error}") from error
+
+
+def _unpack_mask(packed: Any, shape: Any, name: str, where: str) -> Tensor:
+    """One mask from its bits; the shape comes from a file and may be anything."""
+    valid = isinstance(shape, list) and all(type(size) is int and 0 <= size < 2**48 for size in shape)
+    if not valid or not isinstance(packed, Tensor):
+        raise FileFormatError(f"{where}: {name!r} has no valid shape or no packed mask (shape {shape!r}).")
+    size = (math.prod(shape) + 7) // 8
+    if packed.dtype != torch.uint8 or packed.dim() != 1 or packed.numel() != size:
+        raise FileFormatError(
+            f"{where}: the mask of {name!r}, of shape {tuple(shape)}, takes {size} bytes (uint8), "
+            f"got {tuple(packed.shape)} of {packed.dtype}."
+        )
+    try:
+        return unpack_bits(packed, tuple(shape))
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise FileFormatError(f"{where}: {name!r} has no valid shape ({shape!r}).") from error
+
+
+def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(t, right[name].to(t.device)) for name, t in left.items())
