@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from lightning_prune.environment import package_versions
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
 from lightning_prune.files import read_tensors, write_tensors
-from lightning_prune.masks import MaskSet, canonical_name
+from lightning_prune.masks import MaskSet
+from lightning_prune.prunable import canonical_name
 
 KIND = "ticket"
 VERSION = 1

@@ -32,7 +32,7 @@ def package_versions() -> dict[str, str | None]:
     """Versions of Python, torch, Lightning and this library; None for what is not installed as a package."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "lightning": _version("lightning") or _version("pytorch-lightning"),
         "lightning_prune": _version("lightning-prune"),
     }

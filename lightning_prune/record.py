@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_prune.environment import describe_environment
@@ -151,7 +152,7 @@ class RunRecord:
         self.rounds: list[Round] = []
         self.final: dict[str, Any] = {}
         self.timing: dict[str, list[float | None]] = {"seconds": []}
-        self.environment = describe_environment() if environment is None else _plain(environment, "environment")
+        self.environment = _plain(describe_environment() if environment is None else environment, "environment")
 
     def add_round(self, row: Round, seconds: float | None = None) -> None:
         """Append the next row.
@@ -313,13 +314,16 @@ def _plain(content: Any, where: str) -> Any:
     Raises:
         ConfigError: Something that JSON cannot hold.
     """
-    if content is None or isinstance(content, str | bool | int | float):
-        return content
+    for kind in (bool, int, float, str):  # exact types: a subclass, such as torch's version, is no plain content
+        if isinstance(content, kind):
+            return kind(content)
+    if content is None:
+        return None
     if isinstance(content, Mapping):
         return {str(k): _plain(v, f"{where}.{k}") for k, v in content.items()}
     if isinstance(content, list | tuple):
         return [_plain(v, f"{where}[{i}]") for i, v in enumerate(content)]
-    if isinstance(content, torch.Tensor) and content.numel() == 1:
+    if isinstance(content, torch.Tensor | np.ndarray | np.generic) and math.prod(content.shape) == 1:
         return content.item()
     raise ConfigError(
         f"{where} of the record is a {type(content).__name__}; expected numbers, text, lists or mappings."
