@@ -1,0 +1,170 @@
+"""Fills a run's record from a fit, round by round."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.environment import describe_environment
+from lightning_prune.masks import MaskSet
+from lightning_prune.record import Round, RunRecord, check_free, header_text, row_text
+
+
+class RoundRecorder:
+    """Takes metrics as they come, closes a row when a round ends, rewrites the files, prints the row.
+
+    Args:
+        monitor: The metric shown, and by which a round's best step is chosen; ``None``: what a callback watches.
+        mode: ``"max"`` or ``"min"``; ``None``: as the callback has it, else ``"max"``.
+        dirpath: The folder; ``None``: the run folder.
+        verbose: Print rows.
+    """
+
+    def __init__(self, monitor: str | None, mode: str | None, dirpath: str | Path | None, verbose: bool) -> None:
+        self.record: RunRecord | None = None
+        self.folder: Path | None = None
+        self._wanted = (monitor, mode, dirpath)
+        self._verbose = verbose
+        self._monitor: str | None = monitor
+        self._mode = mode or "max"
+        self._metrics: dict[str, float] = {}
+        self._best: dict[str, Any] | None = None
+        self._removed = 0
+        self._ticket: str | None = None
+        self._loaded = False
+        self._since = time.monotonic()
+        self._header_shown = False
+
+    def start(self, trainer: pl.Trainer, method: dict[str, Any], *, resumed: bool) -> None:
+        """Begin the record, or take up a resumed one and cut its files back to it.
+
+        Raises:
+            ConfigError: The folder holds another run's record.
+        """
+        monitor, mode, dirpath = self._wanted
+        watched = monitors.watched_metric(trainer)
+        self._monitor = monitor or (watched[0] if watched else None)
+        self._mode = mode or (watched[1] if watched and watched[0] == self._monitor else "max")
+        self.folder = Path(dirpath) if dirpath is not None else run_folder(trainer)
+        self._header_shown = False
+        self._since = time.monotonic()
+        if resumed:
+            self._write(trainer)
+            return
+        self._metrics, self._best, self._removed, self._ticket = {}, None, 0, None
+        if self.folder is not None and trainer.is_global_zero:
+            check_free(self.folder)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        environment = describe_environment(trainer.strategy.root_device)
+        self.record = RunRecord(method, None if seed is None else int(seed), environment)
+
+    def take_metrics(self, trainer: pl.Trainer, schedule: RoundSchedule) -> None:
+        """Keep what this validation measured, and the round's best point so far."""
+        results = trainer._logger_connector.metrics["callback"]  # of this validation alone, not of the whole fit
+        self._metrics = {name: float(value) for name, value in results.items() if _is_number(value)}
+        if self._monitor is None:
+            return
+        value = self._metrics.get(self._monitor)
+        if value is None:
+            rank_zero_warn(
+                f"the monitored metric {self._monitor!r} was not logged in validation; logged were: "
+                f"{', '.join(self._metrics) or 'none'}. The table and the record go without it."
+            )
+            self._monitor = None
+        elif self._best is None or (value > self._best["value"] if self._mode == "max" else value < self._best["value"]):
+            self._best = {
+                "step": schedule.steps_done(trainer),
+                "epoch": schedule.epochs_done(trainer),
+                "monitor": self._monitor,
+                "value": value,
+                "metrics": dict(self._metrics),
+            }
+
+    def begin_round(self, trainer: pl.Trainer, event: PruneEvent, ticket: Path | None) -> None:
+        """Remember what opened the round."""
+        self._removed = event.removed
+        self._ticket = None if ticket is None else self._relative(ticket)
+        self._best = None
+        self._since = time.monotonic()
+        numbers = {"prune/round": event.round, "prune/density": event.density, "prune/kept": event.masks.kept}
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=trainer.global_step)
+
+    def end_round(self, trainer: pl.Trainer, schedule: RoundSchedule, masks: MaskSet) -> None:
+        """Close the round's row, with the network as it was trained, before the next cut."""
+        assert self.record is not None
+        if schedule.round < len(self.record.rounds):
+            return  # a finished run that was resumed has nothing to add
+        best = monitors.best_checkpoint(trainer)
+        row = Round(
+            round=schedule.round,
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            steps=schedule.steps_done(trainer),
+            kept=masks.kept,
+            total=masks.total,
+            digest=masks.digest(),
+            per_layer=masks.kept_per_tensor(),
+            removed=self._removed,
+            metrics=self._metrics,
+            learning_rates=tuple(float(g["lr"]) for o in trainer.optimizers for g in o.param_groups if "lr" in g),
+            best=self._best,
+            best_checkpoint=None if best is None else self._relative(Path(best)),
+            ticket=self._ticket,
+            stopped_early=schedule.stopped_early,
+        )
+        self.record.add_round(row, seconds=time.monotonic() - self._since)
+        self._write(trainer)
+        self._print(trainer, row)
+
+    def _print(self, trainer: pl.Trainer, row: Round) -> None:
+        if not self._verbose or not trainer.is_global_zero:
+            return
+        assert self.record is not None
+        lines = [] if self._header_shown else [header_text(self._monitor)]
+        self._header_shown = True
+        lines.append(row_text(row, self._monitor, self.record.rounds[0]))
+        bar = trainer.progress_bar_callback
+        for line in lines:
+            if bar is not None and bar.is_enabled:
+                bar.print(line)
+            else:
+                print(line)  # noqa: T201
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if self.folder is not None and self.record is not None and trainer.is_global_zero:
+            self.record.write(self.folder)
+
+    def _relative(self, path: Path) -> str:
+        if self.folder is not None and path.resolve().is_relative_to(self.folder.resolve()):
+            return path.resolve().relative_to(self.folder.resolve()).as_posix()
+        return str(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record and what the round under way has seen so far."""
+        return {
+            "record": None if self.record is None else self.record.state_dict(),
+            "metrics": dict(self._metrics),
+            "best": self._best,
+            "removed": self._removed,
+            "ticket": self._ticket,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's record; rows that were written after it are forgotten."""
+        self.record = RunRecord.from_state_dict(state["record"])
+        self._metrics = dict(state["metrics"])
+        self._best = state["best"]
+        self._removed = state["removed"]
+        self._ticket = state["ticket"]
+
+
+def _is_number(value: Any) -> bool:
+    return not hasattr(value, "numel") or value.numel() == 1

@@ -1,0 +1,328 @@
+"""Rewinding: what a round starts from. Weights (`WeightRewind`) and the learning-rate schedule (`LRRewind`)."""
+
+from copy import deepcopy
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
+
+from lightning_prune.callbacks.events import Position, PruneEvent
+from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.times import TrainTime
+
+OPTIMIZER_STATE = ("restore", "reset", "keep")
+
+
+def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ConfigError(f"{name}={given!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of ``module`` by name, non-persistent buffers too, each shared tensor once."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def reinitialize(module: nn.Module) -> None:
+    """Draw every parameter anew by ``reset_parameters()``, as at construction; buffers with it.
+
+    The outermost module that defines ``reset_parameters`` is asked and its children are not, so that a network with an
+    initialisation of its own keeps it.
+
+    Raises:
+        ConfigError: A parameter that no ``reset_parameters`` reaches; the message names it.
+    """
+    reached: set[int] = set()
+
+    def visit(part: nn.Module) -> None:
+        if callable(getattr(part, "reset_parameters", None)):
+            part.reset_parameters()  # type: ignore[operator]
+            reached.update(id(p) for p in part.parameters())
+            return
+        for child in part.children():
+            visit(child)
+
+    with torch.no_grad():
+        visit(module)
+    missed = [name for name, p in module.named_parameters() if id(p) not in reached]
+    if missed:
+        raise ConfigError(
+            f"random re-initialisation does not know how to draw {missed[0]!r}"
+            + (f" and {len(missed) - 1} more" if len(missed) > 1 else "")
+            + ": no module around it defines reset_parameters(). Define it on the network."
+        )
+
+
+class WeightRewind(Callback):
+    """Set the surviving weights back to what they were at the rewinding point, at every prune event.
+
+    Restores every parameter *and buffer* (BatchNorm statistics too) under the new mask. Captures them once, when
+    training reaches ``to`` in round 0. Acts in: the prune event, before every other listener. Changes in place:
+    parameters, buffers, optimizer state.
+
+    Paper: Frankle & Carbin 2019, arXiv:1803.03635 (``to="0st"``); Frankle et al. 2019, arXiv:1903.01611 (later points).
+    Deviation: the first round is not interrupted at the rewinding point (open_lth stops and starts anew there, with a
+    fresh optimizer, so that even its dense round loses momentum once).
+
+    Args:
+        to: The rewinding point in one training: ``"2ep"``, ``"500st"``, ``"3%"``; ``"0st"`` is the initialisation.
+        optimizer_state: What the optimizer remembers at the start of a round. ``"restore"`` (default): what it
+            remembered at the rewinding point, as in Renda et al.; at ``"0st"`` that is nothing, as in the original
+            lottery ticket. ``"reset"``: nothing, as open_lth does. ``"keep"``: what it remembered at the cut, masked.
+        reinit: The control of the lottery ticket papers: keep the mask and draw the weights anew
+            (:func:`reinitialize`) instead of restoring them.
+        seed: Seeds the draws of ``reinit``; each round has its own.
+
+    State saved: the snapshot (one copy of the weights, and of the optimizer state for ``"restore"``).
+
+    Raises:
+        ConfigError: A time that cannot be read, an unknown ``optimizer_state``; in ``setup``: no pruner beside it.
+
+    Example:
+        >>> from lightning_prune import IterativeMagnitudePruner, LRRewind, WeightRewind
+        >>> callbacks = [IterativeMagnitudePruner(rounds=5), WeightRewind("3%"), LRRewind("3%")]
+    """
+
+    prune_order = 0
+
+    def __init__(
+        self, to: str = "0st", optimizer_state: str = "restore", reinit: bool = False, seed: int = 0
+    ) -> None:
+        _check_choice("optimizer_state", optimizer_state, OPTIMIZER_STATE)
+        self.to = TrainTime.parse(to, "WeightRewind(to)")
+        self.optimizer_state = optimizer_state
+        self.reinit = reinit
+        self.seed = seed
+        self._snapshot: dict[str, Tensor] | None = None
+        self._optimizers: list[dict[str, Any]] | None = None
+        self._initial_optimizers: list[dict[str, Any]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to stand alone."""
+        if stage == "fit":
+            require_pruner(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember what a fresh optimizer remembers (nothing, except for Adagrad), for ``"reset"``."""
+        if self.optimizer_state == "reset":
+            self._initial_optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
+
+    def on_rewinding_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule, position: Position) -> None:
+        """Take the snapshot."""
+        if not self.reinit:
+            self._snapshot = {name: t.detach().to("cpu", copy=True) for name, t in named_state(pl_module).items()}
+        if self.optimizer_state == "restore":
+            self._optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
+
+    def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
+        """Restore weights, buffers and optimizer state; the masks are applied to them."""
+        if self.reinit:
+            devices = [d for d in {p.device for p in pl_module.parameters()} if d.type == "cuda"]
+            with torch.random.fork_rng(devices):
+                torch.manual_seed(self.seed * 1000 + event.round)
+                reinitialize(pl_module)
+        else:
+            if self._snapshot is None:
+                raise ResumeError(
+                    f"WeightRewind has no snapshot of {self.to}: the checkpoint this run was resumed from was written "
+                    "without it, after the rewinding point. Resume from a checkpoint of a run with the same callbacks."
+                )
+            with torch.no_grad():
+                for name, tensor in named_state(pl_module).items():
+                    tensor.copy_(self._snapshot[name])
+        event.masks.apply_(pl_module)
+        states = {"restore": self._optimizers, "reset": self._initial_optimizers, "keep": None}[self.optimizer_state]
+        if states is not None:
+            for optimizer, state in zip(trainer.optimizers, states, strict=True):
+                _recall(optimizer, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot."""
+        return {"to": str(self.to), "snapshot": self._snapshot, "optimizers": self._optimizers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the snapshot of a checkpoint."""
+        check_same_point(self, str(self.to), state_dict["to"])
+        self._snapshot = state_dict["snapshot"]
+        self._optimizers = state_dict["optimizers"]
+
+
+class LRRewind(Callback):
+    """Set the learning-rate schedule back to where it was at the rewinding point, at every prune event.
+
+    Restores the state of every scheduler and every field of every parameter group (learning rate, scheduled momentum
+    and betas, counters of reduce-on-plateau), captured when training reaches ``to`` in round 0. Alone it is
+    learning-rate rewinding: weights stay as trained. With :class:`WeightRewind` it replays the schedule for rewound
+    weights. Without it the learning rate stays at the schedule's final value in every later round (fine-tuning).
+
+    Acts in: the prune event, after :class:`WeightRewind`. Changes in place: schedulers, ``optimizer.param_groups``,
+    and optimizer state where ``optimizer_state`` says so.
+
+    Paper: Renda, Frankle & Carbin 2020, arXiv:2003.02389. Deviation: none; its code keeps the momentum of the end of
+    training, which is the default here (``optimizer_state="keep"``).
+
+    Args:
+        to: The rewinding point in one training: ``"2ep"``, ``"500st"``, ``"3%"``; ``"0st"`` replays the whole schedule.
+        optimizer_state: Without a :class:`WeightRewind` beside it (which owns this otherwise): ``"keep"`` (default) or
+            ``"reset"``.
+        check_length: Refuse schedules whose own length (``T_max``, ``total_steps``) is longer than one training.
+
+    State saved: scheduler states and parameter-group fields of the rewinding point.
+
+    Raises:
+        ConfigError: A time that cannot be read; in ``setup``: no pruner beside it; in ``on_fit_start``: a schedule whose
+            length is not one training's, or a reduce-on-plateau scheduler with a rewinding point inside an epoch.
+
+    Limits:
+        Under manual optimisation the module itself steps its schedulers; their state is restored all the same.
+    """
+
+    prune_order = 1
+
+    def __init__(self, to: str = "0st", optimizer_state: str = "keep", check_length: bool = True) -> None:
+        _check_choice("optimizer_state", optimizer_state, ("keep", "reset"))
+        self.to = TrainTime.parse(to, "LRRewind(to)")
+        self.optimizer_state = optimizer_state
+        self.check_length = check_length
+        self._schedulers: list[dict[str, Any]] | None = None
+        self._groups: list[list[dict[str, Any]]] | None = None
+        self._initial_optimizers: list[dict[str, Any]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to stand alone."""
+        if stage == "fit":
+            require_pruner(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember what a fresh optimizer remembers, for ``"reset"``."""
+        if self.optimizer_state == "reset":
+            self._initial_optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
+
+    def on_rewinding_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule, position: Position) -> None:
+        """Take the snapshot."""
+        plateau = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        if plateau and position.batch != 0:
+            raise ConfigError(
+                f"LRRewind(to='{self.to}') lies inside an epoch (batch {position.batch}), where a reduce-on-plateau "
+                "scheduler has no state of its own: it follows metrics. Choose a point at the end of an epoch ('2ep')."
+            )
+        self._schedulers = [deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        self._groups = [
+            [{key: deepcopy(value) for key, value in group.items() if key != "params"} for group in o.param_groups]
+            for o in trainer.optimizers
+        ]
+
+    def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
+        """Restore schedulers and parameter groups."""
+        if self._schedulers is None or self._groups is None:
+            raise ResumeError(
+                f"LRRewind has no snapshot of {self.to}: the checkpoint this run was resumed from was written without "
+                "it, after the rewinding point. Resume from a checkpoint of a run with the same callbacks."
+            )
+        for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
+            config.scheduler.load_state_dict(deepcopy(state))
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                _restore_group(group, saved)
+        alone = not any(isinstance(callback, WeightRewind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if alone and self._initial_optimizers is not None:
+            for optimizer, state in zip(trainer.optimizers, self._initial_optimizers, strict=True):
+                _recall(optimizer, state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The snapshot."""
+        return {"to": str(self.to), "schedulers": self._schedulers, "groups": self._groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the snapshot of a checkpoint."""
+        check_same_point(self, str(self.to), state_dict["to"])
+        self._schedulers = state_dict["schedulers"]
+        self._groups = state_dict["groups"]
+
+
+def require_pruner(trainer: pl.Trainer, callback: Callback) -> None:
+    """Refuse a listener in a trainer where nothing prunes.
+
+    Raises:
+        ConfigError: No callback of the trainer sends prune events.
+    """
+    if not any(getattr(other, "sends_prune_events", False) for other in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{type(callback).__name__} acts at prune events, and no pruner is among the trainer's callbacks. "
+            "Add one (IterativeMagnitudePruner) or take it out."
+        )
+
+
+def check_same_point(callback: Callback, ours: str, saved: str) -> None:
+    """Refuse a checkpoint that was rewound elsewhere.
+
+    Raises:
+        ResumeError: ``ours`` is not ``saved``.
+    """
+    if ours != saved:
+        name = type(callback).__name__
+        raise ResumeError(f"the checkpoint was written with {name}(to='{saved}'), this run has {name}(to='{ours}').")
+
+
+def check_schedule_length(trainer: pl.Trainer, total_steps: int, epochs: int | None) -> None:
+    """Compare every schedule that has a length with that of one training.
+
+    Raises:
+        ConfigError: A schedule is longer than one training: its later part would never be reached in any round, which
+            is what happens when it is built for the length of all rounds.
+    """
+    for config in trainer.lr_scheduler_configs:
+        length = _schedule_length(config.scheduler)
+        expected = epochs if config.interval == "epoch" else total_steps
+        if length is None or not expected:
+            continue
+        length *= config.frequency
+        unit = "epochs" if config.interval == "epoch" else "steps"
+        name = type(config.scheduler).__name__
+        if length > expected:
+            raise ConfigError(
+                f"{name} is {length} {unit} long, one training {expected} {unit}: no round would reach its end. "
+                "A pruner runs all rounds in one fit and the Trainer's max_epochs/max_steps is the length of *one* "
+                f"training, so build the schedule for that ({expected}). LRRewind(check_length=False) allows it."
+            )
+        if expected - length > 1:
+            rank_zero_warn(f"{name} is {length} {unit} long and one training {expected}: it ends before a round does.")
+
+
+def _schedule_length(scheduler: Any) -> int | None:
+    if isinstance(scheduler, OneCycleLR):
+        return scheduler.total_steps
+    if isinstance(scheduler, CosineAnnealingLR):
+        return scheduler.T_max
+    if isinstance(scheduler, SequentialLR):
+        last = _schedule_length(scheduler._schedulers[-1])
+        return None if last is None else scheduler._milestones[-1] + last
+    if isinstance(getattr(scheduler, "_schedulers", None), list | tuple):
+        lengths = [n for n in map(_schedule_length, scheduler._schedulers) if n is not None]
+        return max(lengths, default=None)
+    return None
+
+
+def _remembered(optimizer: Optimizer) -> dict[str, Any]:
+    """A copy of the optimizer's state per parameter, by the parameter's number."""
+    return deepcopy(optimizer.state_dict()["state"])
+
+
+def _recall(optimizer: Optimizer, state: dict[Any, Any]) -> None:
+    """Give the optimizer a remembered state; its parameter groups stay as they are."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": deepcopy(state), "param_groups": groups})
+
+
+def _restore_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
+    for key, value in saved.items():
+        if isinstance(group.get(key), Tensor) and isinstance(value, Tensor):
+            group[key].copy_(value)  # a learning rate held as a tensor is read by compiled steps: same object
+        else:
+            group[key] = deepcopy(value)
+

@@ -1,0 +1,56 @@
+"""Writes a ticket, mask and rewound weights, at every prune event."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.rewind import named_state, require_pruner
+from lightning_prune.checkpoint import Ticket, save_ticket
+
+
+class TicketWriter(Callback):
+    """Write ``tickets/round-XX.safetensors`` at every prune event, after weights and schedule were rewound.
+
+    A ticket is the mask and the weights (parameters and buffers) that its round starts from; :func:`load_ticket` reads
+    it without this callback. Acts in: the prune event. Rank 0 writes; each file is whole or not there.
+
+    Args:
+        dirpath: The folder. Default ``None``: ``tickets`` in the run folder; without a logger nothing is written.
+
+    State saved: none; a ticket is written again, with the same content, when a resumed run comes to its round again.
+    """
+
+    prune_order = 2
+
+    def __init__(self, dirpath: str | Path | None = None) -> None:
+        self.dirpath = None if dirpath is None else Path(dirpath)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to stand alone."""
+        if stage == "fit":
+            require_pruner(trainer, self)
+
+    def ticket_path(self, trainer: pl.Trainer, round: int) -> Path | None:  # noqa: A002
+        """Where the ticket of a round is written, or ``None``."""
+        folder = self.dirpath
+        if folder is None:
+            run = run_folder(trainer)
+            folder = None if run is None else run / "tickets"
+        return None if folder is None else folder / f"round-{round:02d}.safetensors"
+
+    def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
+        """Write the ticket."""
+        path = self.ticket_path(trainer, event.round)
+        if path is None or not trainer.is_global_zero:
+            return
+        info: dict[str, Any] = {
+            "round": event.round,
+            "density": event.density,
+            "digest": event.masks.digest(),
+            "rewound_to_step": None if event.rewound_to is None else event.rewound_to.step,
+        }
+        save_ticket(path, Ticket(event.masks, named_state(pl_module), info))

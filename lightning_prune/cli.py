@@ -1,0 +1,103 @@
+"""The command ``lightning-prune``: LightningCLI's subcommands (fit, validate, test, predict) on recipes."""
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
+from lightning_prune.callbacks import IterativeMagnitudePruner
+from lightning_prune.errors import PruneError
+from lightning_prune.record import JSON_NAME, RunRecord
+
+
+class SaveRecipe(SaveConfigCallback):
+    """Save the recipe beside the run; a resumed run writes into the folder it has had before."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write ``config.yaml``, over an earlier one only when resuming."""
+        self.overwrite = self.overwrite or self.config.get("ckpt_path") is not None
+        super().setup(trainer, pl_module, stage)
+
+
+class PruneCLI(LightningCLI):
+    """LightningCLI that tests once after a fit, adds the result to the record and says where the files are."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own options."""
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="Evaluate the last round's network on test data once."
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Let a resumed run go on in its folder, where the recipe's logger numbers its runs."""
+        if self.subcommand != "fit":
+            return
+        config = self.config["fit"]
+        checkpoint, logger = config.get("ckpt_path"), config["trainer"].get("logger")
+        if not checkpoint or not hasattr(logger, "init_args"):
+            return
+        if not Path(checkpoint).is_file():
+            raise PruneError(f"--ckpt_path {checkpoint}: there is no such file to resume from.")
+        folder = Path(checkpoint).resolve().parent.parent
+        settings = logger.init_args
+        home = Path(str(settings.get("save_dir")), str(settings.get("name"))).resolve()
+        if (folder / JSON_NAME).exists() and folder.parent == home and settings.get("version") is None:
+            settings["version"] = folder.name
+
+    def after_fit(self) -> None:
+        """Evaluate on test data, complete the record, and say where everything is."""
+        pruners = [c for c in self.trainer.callbacks if isinstance(c, IterativeMagnitudePruner)]  # type: ignore[attr-defined]
+        folder = pruners[0].folder if pruners else None
+        has_test = self.datamodule is not None and is_overridden("test_dataloader", self.datamodule)
+        if self.config["fit"].test_after_fit and has_test and is_overridden("test_step", self.model):
+            metrics = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)[0]
+            if folder is not None and self.trainer.is_global_zero:
+                record = RunRecord.read(folder)
+                record.final = {name: float(value) for name, value in metrics.items()}
+                record.write(folder)
+            self._say("after the last round: " + ", ".join(f"{k} {v:.4f}" for k, v in sorted(metrics.items())))
+        if folder is not None and self.trainer.is_global_zero:
+            self._say(closing_lines(folder))
+
+    def _say(self, text: str) -> None:
+        if self.trainer.is_global_zero:
+            print(text)  # noqa: T201
+
+
+def closing_lines(folder: Path) -> str:
+    """Where a run's files are, and what to try next."""
+    lines = [f"\nThis run is in {folder}:", f"  record of every round   {JSON_NAME}, rounds.csv"]
+    tickets = sorted((folder / "tickets").glob("*.safetensors"))
+    checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
+    if tickets:
+        lines.append(f"  tickets (mask, weights) tickets/{tickets[0].name} to {tickets[-1].name}")
+    if checkpoints:
+        lines.append(f"  checkpoints             checkpoints/ ({len(checkpoints)})")
+    lines += [
+        "Try next:",
+        "  the same with fewer weights left    --trainer.callbacks+=... or edit rounds in the recipe",
+        "  a random ticket as the control      see recipes/lottery/README.md",
+    ]
+    if (folder / "checkpoints" / "last.ckpt").exists():
+        lines.append(f"  more rounds from here               --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}")
+    return "\n".join(lines)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command; an error that this library or Lightning raises on purpose is one message and exit code 1."""
+    try:
+        PruneCLI(
+            save_config_callback=SaveRecipe,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+    except (PruneError, MisconfigurationException, OSError) as error:
+        print(f"lightning-prune: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
+
