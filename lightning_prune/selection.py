@@ -1,0 +1,250 @@
+"""From scores and a number to masks: exactly the asked count, whatever the ties."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.counting import RULES, Competition
+from lightning_prune.errors import ConfigError, MaskMismatchError, SelectionError
+from lightning_prune.masks import MaskSet
+from lightning_prune.prunable import canonical_name, close_names, matching
+from lightning_prune.ranking import Pool, common_dtype
+
+
+def select(
+    scores: Mapping[str, Tensor],
+    density: float | None = None,
+    *,
+    fraction: float | None = None,
+    remove: int | Mapping[str, int] | None = None,
+    scope: str = "global",
+    within: MaskSet | None = None,
+    rates: Mapping[str, float] | None = None,
+    counting: str = "exact",
+) -> MaskSet:
+    """Keep the highest scores.
+
+    Exactly one of ``density``, ``fraction`` and ``remove`` says how many. The count is met exactly: among equal scores
+    the later position leaves first (order of ``scores``, then flat index). Infinite scores are ordinary values. A pass
+    reads one tensor after the other, so no copy of all scores is made, and ``scores`` may compute its values on access
+    (:class:`lightning_prune.scores.MagnitudeScores`); it is read three or four times.
+
+    Args:
+        scores: Scores by parameter name, higher = kept; floats or integers of any width.
+        density: Fraction to keep of the *original* total (``round(density * total)`` entries, half to even), in
+            [0, 1], also with ``within``. Entries pruned earlier stay pruned: where fewer are left, nothing changes.
+        fraction: Fraction to remove of what ``within`` still keeps (``round(fraction * remaining)`` entries, half to
+            even), in [0, 1].
+        remove: Number of entries to remove. A mapping gives it for each tensor by name (others lose nothing), whatever
+            the scope; a plain number needs ``scope="global"``.
+        scope: ``"global"``: scores of all tensors compete. ``"layer"``: each tensor by itself, and ``density`` and
+            ``fraction`` hold for each.
+        within: Earlier masks, of the same names and shapes; the result is nested in them. A fill is not carried over.
+        rates: Rates of their own: name or pattern -> fraction to remove of what remains, in [0, 1]. Such tensors
+            compete among themselves, those of one pattern together (each alone with ``scope="layer"``), and ``density``
+            and ``fraction`` then speak of the other tensors. 0: never pruned. Where several patterns match a tensor the
+            last one counts. The original lottery ticket paper prunes the output layer at half the rate of the others.
+        counting: ``"exact"``, or the rule of a reference implementation by name, with its rounding, its ties and its
+            float errors (:data:`lightning_prune.counting.RULES`), applied to each set of competing scores.
+            ``network_slimming``, ``open_lth``, ``google_lth``, ``hrank``, ``hrankplus`` and ``deconstructing_lt`` take
+            ``fraction``; ``renda`` and ``edge_popup`` take ``density``. ``open_lth`` counts the entries of tensors at
+            rate 0 in, though it takes none of them.
+
+    Returns:
+        The masks, in the order of ``scores`` and on their devices.
+
+    Raises:
+        ConfigError: Not exactly one of the three, a number out of range, an unknown scope or counting, a pattern that
+            matches nothing.
+        SelectionError: No scores, NaN among them, more to remove than there is.
+        MaskMismatchError: ``within`` has other names or shapes.
+
+    Example:
+        >>> scores = {"a": torch.tensor([4.0, 1.0]), "b": torch.tensor([2.0, 2.0])}
+        >>> masks = select(scores, density=0.5)
+        >>> masks["a"], masks["b"]
+        (tensor([ True, False]), tensor([ True, False]))
+    """
+    asked = _asked(density, fraction, remove, scope, counting)
+    scores = _CanonicalNames(scores)
+    shapes, dtypes = _inspect(scores)
+    earlier, remaining = _earlier(within, shapes)
+    groups = _groups(asked, scope, list(shapes), rates or {})
+    if counting != "exact":
+        _check_rule(counting, groups)
+    ignored = sum(remaining[name] for group in groups if group.protected for name in group.names)
+    masks: dict[str, Tensor] = {}
+    for group in groups:
+        pool = Pool(scores, group.names, earlier, common_dtype({name: dtypes[name] for name in group.names}))
+        field = Competition(
+            ordered=pool.ordered,
+            remaining=sum(remaining[name] for name in group.names),
+            total=sum(shapes[name].numel() for name in group.names),
+            ignored=ignored,
+        )
+        if counting == "exact" or group.protected:
+            count = _exact_count(group, field)
+        else:
+            count = RULES[counting].count(field, float(group.amount))
+        masks.update(pool.keep_largest(count))
+    return MaskSet({name: masks[name] for name in shapes})
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors whose scores compete, and what leaves or stays of them: a density, a fraction, or a number to remove."""
+
+    names: list[str]
+    kind: str
+    amount: Fraction
+
+    @property
+    def protected(self) -> bool:
+        return self.kind == "fraction" and self.amount == 0
+
+
+def _exact_count(group: _Group, field: Competition) -> int:
+    if group.kind == "fraction":
+        return round(group.amount * field.remaining)
+    if group.kind == "density":
+        return max(0, field.remaining - round(group.amount * field.total))
+    if group.amount > field.remaining:
+        where = repr(group.names[0]) if len(group.names) == 1 else f"{len(group.names)} tensors"
+        raise SelectionError(f"remove={group.amount} asks for more than the {field.remaining} entries left in {where}.")
+    return int(group.amount)
+
+
+def _asked(
+    density: Any, fraction: Any, remove: Any, scope: str, counting: str
+) -> tuple[str, Fraction | dict[str, Fraction]]:
+    """The one of the three that was given, as its name and an exact number (or one for each tensor)."""
+    given = {"density": density, "fraction": fraction, "remove": remove}
+    given = {name: value for name, value in given.items() if value is not None}
+    if len(given) != 1:
+        found = ", ".join(given) or "none"
+        raise ConfigError(f"select takes exactly one of density=, fraction= and remove=, got {found}.")
+    if scope not in ("global", "layer"):
+        raise ConfigError(f"scope={scope!r} is unknown; choose 'global' or 'layer'.")
+    if counting != "exact" and counting not in RULES:
+        raise ConfigError(f"counting={counting!r} is unknown{close_names(str(counting), ['exact', *RULES])}")
+    ((kind, value),) = given.items()
+    if kind != "remove":
+        return kind, _portion(value, kind)
+    if counting != "exact":
+        raise ConfigError(f"remove= is an exact count; leave out counting={counting!r}.")
+    if isinstance(value, Mapping):
+        return kind, {canonical_name(name): _whole(number, f"remove[{name!r}]") for name, number in value.items()}
+    if scope == "layer":
+        raise ConfigError("with scope='layer', remove= takes a mapping: the number for each tensor by name.")
+    return kind, _whole(value, "remove")
+
+
+def _portion(value: Any, what: str) -> Fraction:
+    """A number in [0, 1], exact as it was written: 0.1 is one tenth."""
+    if isinstance(value, bool) or not isinstance(value, (Real, Decimal)) or not math.isfinite(value):
+        raise ConfigError(f"{what} must be a number in [0, 1], got {value!r}.")
+    exact = Fraction(str(value))
+    if not 0 <= exact <= 1:
+        raise ConfigError(f"{what}={value!r} lies outside [0, 1]; it is a fraction, not a percentage or a count.")
+    return exact
+
+
+def _whole(value: Any, what: str) -> Fraction:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ConfigError(f"{what} must be a whole number, 0 or more, got {value!r}.")
+    return Fraction(int(value))
+
+
+def _groups(
+    asked: tuple[str, Fraction | dict[str, Fraction]], scope: str, names: list[str], rates: Mapping[str, float]
+) -> list[_Group]:
+    kind, amount = asked
+    owner: dict[str, str] = {}
+    for pattern in rates:
+        owner.update(dict.fromkeys(matching(pattern, names, "rates"), pattern))
+    if isinstance(amount, dict):
+        unknown = next((name for name in amount if name not in names), None)
+        if unknown is not None:
+            raise ConfigError(f"remove: {unknown!r} has no scores{close_names(unknown, names)}")
+        if owner:
+            raise ConfigError("remove= by tensor already says how much of each tensor leaves; leave out rates=.")
+        return [_Group([name], kind, amount.get(name, Fraction(0))) for name in names]
+    together: list[_Group] = [_Group([name for name in names if name not in owner], kind, amount)]
+    for pattern, rate in rates.items():
+        members = [name for name in names if owner.get(name) == pattern]
+        together.append(_Group(members, "fraction", _portion(rate, f"rates[{pattern!r}]")))
+    if scope == "layer":
+        return [_Group([name], group.kind, group.amount) for group in together for name in group.names]
+    return [group for group in together if group.names]
+
+
+def _check_rule(counting: str, groups: list[_Group]) -> None:
+    takes = RULES[counting].takes
+    for group in groups:
+        if group.kind != takes and not group.protected:
+            raise ConfigError(
+                f"counting={counting!r} starts from {takes}=, got a {group.kind} for {group.names[0]!r}; "
+                + (
+                    "rates of their own other than 0 are fractions."
+                    if takes == "density"
+                    else f"give {takes}= instead."
+                )
+            )
+
+
+class _CanonicalNames(Mapping[str, Tensor]):
+    """Scores under canonical names; nothing is read before it is asked for."""
+
+    def __init__(self, scores: Mapping[str, Tensor]) -> None:
+        if not isinstance(scores, Mapping) or not scores:
+            raise SelectionError(f"scores must be a mapping from names to tensors, with at least one; got {scores!r}.")
+        self._scores = scores
+        self._original: dict[str, str] = {}
+        for name in scores:
+            if not isinstance(name, str) or canonical_name(name) in self._original:
+                raise SelectionError(
+                    f"scores are named by strings, each parameter once; got {name!r} twice or no string."
+                )
+            self._original[canonical_name(name)] = name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._scores[self._original[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._original)
+
+    def __len__(self) -> int:
+        return len(self._original)
+
+
+def _inspect(scores: Mapping[str, Tensor]) -> tuple[dict[str, torch.Size], dict[str, torch.dtype]]:
+    shapes, dtypes = {}, {}
+    for name, score in scores.items():
+        if not isinstance(score, Tensor):
+            raise SelectionError(f"the scores of {name!r} must be a tensor, got {type(score).__name__}.")
+        shapes[name], dtypes[name] = score.shape, score.dtype
+    return shapes, dtypes
+
+
+def _earlier(within: MaskSet | None, shapes: Mapping[str, torch.Size]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The earlier masks of tensors that lost something, and how many entries each tensor has left."""
+    remaining = {name: shape.numel() for name, shape in shapes.items()}
+    if within is None:
+        return {}, remaining
+    if within.keys() != shapes.keys():
+        odd = ", ".join(map(repr, sorted(within.keys() ^ shapes.keys())[:5]))
+        raise MaskMismatchError(f"within and scores belong to different networks: only one of them has {odd}.")
+    for name, shape in shapes.items():
+        if within[name].shape != shape:
+            raise MaskMismatchError(
+                f"within[{name!r}] has shape {tuple(within[name].shape)}, its scores {tuple(shape)}."
+            )
+        remaining[name] = int(torch.count_nonzero(within[name]))
+    return {name: within[name] for name, shape in shapes.items() if remaining[name] < shape.numel()}, remaining
