@@ -64,6 +64,7 @@ class TensorLoader:
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.transform = transform
         self.sampler: DistributedSampler[int] | None = None
+        self.batch_sampler = None  # Lightning looks for one beside `sampler`
         if replicas > 1:
             self.sampler = DistributedSampler(
                 range(len(images)),  # type: ignore[arg-type]  # only its length is read
