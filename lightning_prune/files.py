@@ -113,12 +113,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], *, kind: str,
         header: JSON content that goes with the tensors.
 
     Raises:
-        ConfigError: A tensor that the format cannot hold.
+        ConfigError: A tensor that the format cannot hold, or a header that is no JSON content.
         WriteError: The system could not write.
     """
     distinct, same_as = _store_once(tensors)
     content = {"kind": kind, "version": version, "header": header, "same_as": same_as}
-    content = json.loads(json.dumps(content, allow_nan=False))  # as it will be read, so that checksums agree
+    try:
+        content = json.loads(json.dumps(content, allow_nan=False))  # as it will be read, so that checksums agree
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the header (info) of {path} is no JSON content: {error}.") from error
     content["checksum"] = _checksum(distinct, content)
     text = json.dumps(content)
     if len(text) > MAX_HEADER_BYTES:

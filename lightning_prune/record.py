@@ -282,7 +282,7 @@ def header_text(monitor: str | None) -> str:
     """
     name = monitor or "-"
     name = name if len(name) <= 18 else name[:16] + ".."
-    return f"{'round':>5}  {'weights left':>12}  {'count':>15}  {name:>18}  {'against dense':>13}"
+    return f"{'round':>5}  {'weights left':>12}  {'count':>17}  {name:>18}  {'against dense':>13}"
 
 
 def row_text(row: Round, monitor: str | None, dense: Round | None = None) -> str:
@@ -297,15 +297,15 @@ def row_text(row: Round, monitor: str | None, dense: Round | None = None) -> str
     reference = None if monitor is None or dense is None or dense.round == row.round else dense.metrics.get(monitor)
     shown = "-" if value is None else _number(value)
     difference = "-" if value is None or reference is None else _number(value - reference, sign="+")
-    return f"{row.round:>5}  {f'{100 * row.density:.3f} %':>12}  {row.kept:>15,}  {shown:>18}  {difference:>13}"
+    return f"{row.round:>5}  {f'{100 * row.density:.3f} %':>12}  {row.kept:>17,}  {shown:>18}  {difference:>13}"
 
 
 def _number(value: float, sign: str = "") -> str:
     """Four decimals, or three digits and an exponent where those would show nothing or not fit."""
-    size = abs(value)
-    return (
-        f"{value:{sign}.4f}" if value == 0 or 1e-4 <= size < 1e6 or not math.isfinite(value) else f"{value:{sign}.2e}"
-    )
+    if math.isnan(value):
+        return "nan"
+    short = value == 0 or 1e-4 <= abs(value) < 1e6 or math.isinf(value)
+    return f"{value:{sign}.4f}" if short else f"{value:{sign}.2e}"
 
 
 def _plain(content: Any, where: str) -> Any:

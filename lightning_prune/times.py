@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 
 from lightning_prune.errors import ConfigError
@@ -70,5 +71,5 @@ class TrainTime:
         return int(self.value) * steps_per_epoch
 
     def __str__(self) -> str:
-        number = str(int(self.value)) if self.value.denominator == 1 else f"{float(self.value):g}"
-        return f"{number}{self.unit}"
+        number = Decimal(self.value.numerator) / Decimal(self.value.denominator)  # exact: it was read from decimals
+        return f"{number:f}{self.unit}"
