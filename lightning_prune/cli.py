@@ -1,6 +1,7 @@
 """The command ``lightning-prune``: LightningCLI's subcommands (fit, validate, test, predict) on recipes."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -89,6 +90,8 @@ def closing_lines(folder: Path) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command; an error that this library or Lightning raises on purpose is one message and exit code 1."""
+    # lightning's own use of torch, which torch 2.14 announces to change; nothing a user of the command can act on
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
         PruneCLI(
             save_config_callback=SaveRecipe,
@@ -101,3 +104,7 @@ def main(args: list[str] | None = None) -> None:
         print(f"lightning-prune: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
 
+
+
+if __name__ == "__main__":
+    main()

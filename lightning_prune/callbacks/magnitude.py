@@ -338,6 +338,10 @@ class IterativeMagnitudePruner(Callback):
         """End the epoch where a training given in steps ends."""
         self._running.on_train_batch_end(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Get ready to take the metrics."""
+        self._recorder.before_validation(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the metrics."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":

@@ -38,7 +38,7 @@ class RoundRecorder:
         self._best: dict[str, Any] | None = None
         self._removed = 0
         self._ticket: str | None = None
-        self._loaded = False
+        self._earlier: dict[str, Any] = {}
         self._since = time.monotonic()
         self._header_shown = False
 
@@ -65,10 +65,16 @@ class RoundRecorder:
         environment = describe_environment(trainer.strategy.root_device)
         self.record = RunRecord(method, None if seed is None else int(seed), environment)
 
+    def before_validation(self, trainer: pl.Trainer) -> None:
+        """Remember the values that are there already: what this validation logs are the others."""
+        self._earlier = dict(trainer.callback_metrics)
+
     def take_metrics(self, trainer: pl.Trainer, schedule: RoundSchedule) -> None:
-        """Keep what this validation measured, and the round's best point so far."""
-        results = trainer._logger_connector.metrics["callback"]  # of this validation alone, not of the whole fit
-        self._metrics = {name: float(value) for name, value in results.items() if _is_number(value)}
+        """Keep what this validation measured (not what else was logged), and the round's best point so far."""
+        logged = trainer.callback_metrics.items()
+        fresh = {name: value for name, value in logged if self._earlier.get(name) is not value}
+        self._metrics = {name: float(value) for name, value in fresh.items() if _is_number(value)}
+        self._earlier = {}
         if self._monitor is None:
             return
         value = self._metrics.get(self._monitor)
