@@ -42,7 +42,8 @@ _MULTIPLYING = (
 class ImageClassifier(LightningModule):
     """Train a network to classify images with cross-entropy, and measure its loss and accuracy.
 
-    Logged: ``train_loss`` (of every n-th batch, n being the Trainer's ``log_every_n_steps``), ``val_loss``,
+    Logged: ``train_loss`` (of the batch at every n-th step, n being the Trainer's ``log_every_n_steps``, and at an
+    epoch's first), ``val_loss``,
     ``val_acc``, ``test_loss``, ``test_acc`` (means over all images). A second validation loader, if the data module
     gives one, is logged as ``watch_test_loss`` and ``watch_test_acc``: shown, and meant to choose nothing.
 
@@ -126,7 +127,7 @@ class ImageClassifier(LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         # self.log costs as much as a tenth of a small network's step: not at every one
-        if batch_idx % self._log_every == 0:
+        if batch_idx == 0 or (self.global_step + 1) % self._log_every == 0:
             self.log("train_loss", loss, prog_bar=True)
             if self.log_train_acc:
                 self.log("train_acc", (logits.argmax(1) == labels).float().mean(), prog_bar=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from lightning_prune.errors import ConfigError
 
@@ -17,8 +17,8 @@ class TensorLoader:
     The order of an epoch is drawn when ``iter()`` is called, from torch's global generator, and so are the numbers a
     ``transform`` uses, batch by batch. So an epoch can be resumed in the middle: set the generator as it was before
     ``iter()``, iterate anew, drop the batches already seen. With several processes (``replicas`` above 1) each gets its
-    share by torch's ``DistributedSampler``, found by Lightning as ``loader.sampler``: the order follows from ``seed``
-    and ``set_epoch``, and the last images are repeated until all shares are equally long.
+    share by torch's ``DistributedSampler``: the order follows from ``seed`` and the sampler's ``set_epoch``, which
+    Lightning calls, and the first images are repeated until all shares are equally long.
 
     Args:
         images: (N, ...), any type.
@@ -63,16 +63,8 @@ class TensorLoader:
         self.images, self.labels = images, labels
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.transform = transform
-        self.sampler: DistributedSampler[int] | None = None
-        self.batch_sampler = None  # Lightning looks for one beside `sampler`
-        if replicas > 1:
-            self.sampler = DistributedSampler(
-                range(len(images)),  # type: ignore[arg-type]  # only its length is read
-                num_replicas=replicas,
-                rank=rank,
-                shuffle=shuffle,
-                seed=seed,
-            )
+        self.sampler = _sampler(len(images), shuffle, replicas, rank, seed)
+        self.batch_sampler = None  # Lightning asks whoever has a sampler for this, too
         if len(self) == 0:
             raise ConfigError(
                 f"no batch: {len(images)} images over {replicas} process(es) do not fill one batch of {batch_size} "
@@ -81,16 +73,12 @@ class TensorLoader:
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        count = len(self.images) if self.sampler is None else len(self.sampler)
+        count = len(self.sampler)  # type: ignore[arg-type]  # all three kinds have a length
         return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Draw the order now, not at the first batch; see the class."""
-        order = None
-        if self.sampler is not None:
-            order = torch.tensor(list(self.sampler))
-        elif self.shuffle:
-            order = torch.randperm(len(self.images))
+        order = None if isinstance(self.sampler, SequentialSampler) else torch.tensor(list(self.sampler))
         return self._batches(order)
 
     def _batches(self, order: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -102,3 +90,10 @@ class TensorLoader:
                 chosen = order[part]
                 images, labels = self.images.index_select(0, chosen), self.labels.index_select(0, chosen)
             yield (images if self.transform is None else self.transform(images)), labels
+
+
+def _sampler(count: int, shuffle: bool, replicas: int, rank: int, seed: int) -> Sampler[int]:
+    positions = range(count)  # the samplers only read its length
+    if replicas > 1:
+        return DistributedSampler(positions, replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+    return RandomSampler(positions) if shuffle else SequentialSampler(positions)

@@ -1,5 +1,24 @@
 """The networks of the pruning papers; each can draw a fresh initialisation with ``reset_parameters()``."""
 
+from lightning_prune.experiments.networks.densenet import DenseNet40
+from lightning_prune.experiments.networks.resnet import PreActResNet164, ResNet20, ResNet32, ResNet56, ResNet110
 from lightning_prune.experiments.networks.small import Conv2, Conv4, Conv6, LeNet300100, SmallConvNet
+from lightning_prune.experiments.networks.vgg import VGG16BN, VGG19BN
+from lightning_prune.experiments.networks.zoo import torchvision_model
 
-__all__ = ["Conv2", "Conv4", "Conv6", "LeNet300100", "SmallConvNet"]
+__all__ = [
+    "VGG16BN",
+    "VGG19BN",
+    "Conv2",
+    "Conv4",
+    "Conv6",
+    "DenseNet40",
+    "LeNet300100",
+    "PreActResNet164",
+    "ResNet20",
+    "ResNet32",
+    "ResNet56",
+    "ResNet110",
+    "SmallConvNet",
+    "torchvision_model",
+]

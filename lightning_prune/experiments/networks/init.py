@@ -20,17 +20,34 @@ def no_draws() -> Iterator[None]:
         yield
 
 
-def initialize(network: nn.Module, weight: Callable[[Tensor], object], norm_scale: float = 1.0) -> None:
-    """Fill every convolution, linear and normalisation layer of ``network``, in the order of its modules.
+def conv_normal(weight: Tensor) -> Tensor:
+    """Fill with N(0, 2 / (k k out)): He's initialisation by outputs."""
+    return nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+def linear_normal(weight: Tensor) -> Tensor:
+    """Fill with N(0, 0.01^2)."""
+    return nn.init.normal_(weight, std=0.01)
+
+
+def initialize(
+    network: nn.Module,
+    *,
+    conv: Callable[[Tensor], object],
+    linear: Callable[[Tensor], object],
+    norm_scale: float = 1.0,
+) -> None:
+    """Fill every convolution, linear and BatchNorm layer of ``network``, in the order of its modules.
 
     Args:
         network: Changed in place.
-        weight: Fills the weight of a convolution or linear layer in place; biases become 0.
+        conv: Fills the weight of a convolution in place; biases become 0.
+        linear: Fills the weight of a linear layer in place; biases become 0.
         norm_scale: Initial scale of BatchNorm; shifts become 0, running statistics start anew.
     """
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            weight(module.weight)
+            (conv if isinstance(module, nn.Conv2d) else linear)(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):

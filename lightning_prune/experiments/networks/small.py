@@ -39,7 +39,7 @@ class LeNet300100(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw a new initialisation: what building the network anew under the same seed would give."""
-        initialize(self, nn.init.xavier_normal_)
+        initialize(self, conv=nn.init.xavier_normal_, linear=nn.init.xavier_normal_)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images."""
@@ -73,7 +73,7 @@ class _ConvNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw a new initialisation: what building the network anew under the same seed would give."""
-        initialize(self, nn.init.xavier_normal_)
+        initialize(self, conv=nn.init.xavier_normal_, linear=nn.init.xavier_normal_)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images."""
@@ -147,7 +147,7 @@ class SmallConvNet(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw a new initialisation: what building the network anew under the same seed would give."""
-        initialize(self, nn.init.kaiming_normal_)
+        initialize(self, conv=nn.init.kaiming_normal_, linear=nn.init.kaiming_normal_)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images."""
