@@ -1,0 +1,116 @@
+"""Carry a plan out on a model, checked, or leave the model bit for bit as it was."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_prune.channels.equality import TOLERANCE, compare
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers
+from lightning_prune.errors import EqualityError
+
+
+@dataclass
+class CompactReport:
+    """What a removal did.
+
+    Attributes:
+        costs: ``channels``, ``params``, ``macs``: (before, after).
+        error: Largest relative difference between the masked parent and the compact model.
+        dtype: Precision of that comparison.
+        check_seconds: Time of the equality check.
+        surgery_seconds: Time of the removal itself.
+        groups: One entry a group: name, size before, size after.
+    """
+
+    costs: dict[str, tuple[int, int]]
+    error: float
+    dtype: str
+    check_seconds: float
+    surgery_seconds: float
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    def kept(self, what: str) -> float:
+        """Fraction kept of ``"channels"``, ``"params"`` or ``"macs"``."""
+        before, after = self.costs[what]
+        return after / before if before else 1.0
+
+
+def compact(
+    model: nn.Module, plan: RemovalPlan, example_inputs: Any, optimizers: Iterable[Optimizer] | Optimizer = ()
+) -> CompactReport:
+    """Remove the plan's channels in place, after proving that nothing else changes.
+
+    Before anything is touched, stand-in random weights in float64 are put in the place of the model's own and the masked
+    parent (leaving channels zero where each consumer reads them) is compared with the compact child; every parameter of
+    the plan must influence the outputs there. Then the same ``Parameter`` objects shrink, with their gradients and
+    optimizer state.
+
+    Args:
+        model: The model that was traced, or a fresh one of the same architecture.
+        plan: What leaves.
+        example_inputs: As for :func:`trace_channels`.
+        optimizers: Optimizers over the model's parameters; their per-element state is sliced along.
+
+    Returns:
+        Costs before and after, and the error of the check.
+
+    Raises:
+        EqualityError: The outputs differ by more than 1e-9 of their scale (float64; 1e-4 where the forward code insists on
+            float32), or the check cannot see a branch. The model is as it was.
+        MaskMismatchError: The plan belongs to another model.
+        PruneError: Optimizer state that cannot be sliced.
+    """
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    check_fits(plan, model)
+    check_optimizers(plan, model, optimizers)
+    start = time.perf_counter()
+    error, dtype = verify(model, plan, example_inputs)
+    checked = time.perf_counter()
+    carry_out(plan, model, optimizers)
+    done = time.perf_counter()
+    return CompactReport(dict(plan.costs), error, dtype, checked - start, done - checked, list(plan.groups))
+
+
+def verify(model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = (0, 1, 2)) -> tuple[float, str]:
+    """Run the equality check; with other random weights again where an output did not depend on a branch.
+
+    Returns:
+        The error and the precision.
+
+    Raises:
+        EqualityError: See :func:`compact`.
+    """
+    blind: set[str] | None = None
+    worst = 0.0
+    for seed in seeds:
+        try:
+            found, _ = compare(model, plan, example_inputs, seed=seed)
+        except EqualityError as error:
+            raise EqualityError(f"{error} {_advice(plan)}") from error
+        worst = max(worst, found.error)
+        if not found.error <= TOLERANCE[found.dtype]:
+            raise EqualityError(
+                f"the compact model differs from its masked parent by {found.error:.3g} of the outputs' scale, allowed is "
+                f"{TOLERANCE[found.dtype]:.0e} in {found.dtype}. {_advice(plan)}"
+            )
+        blind = set(found.blind) if blind is None else blind & set(found.blind)
+        if not blind:
+            return worst, str(found.dtype).removeprefix("torch.")
+    assert blind is not None
+    names = sorted(blind)
+    raise EqualityError(
+        f"no output depends on {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} with these example inputs, so the "
+        f"check cannot see whether removal there is right. Give inputs that use these layers, or leave them out. "
+        f"{_advice(plan)}"
+    )
+
+
+def _advice(plan: RemovalPlan) -> str:
+    names = [g["name"] for g in plan.groups if g["kept"] < g["size"]]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"Groups of the plan: {shown}. The model is as it was."

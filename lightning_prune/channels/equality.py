@@ -1,0 +1,198 @@
+"""The gate every plan passes: the masked parent and the compact child must compute the same."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.recording import Recording, call_model, evaluation, map_tensors, output_tensors, record
+from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
+from lightning_prune.errors import EqualityError
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_PERIOD = 10_007  # prime, so that rows of a tiled matrix differ
+_DOUBLE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
+
+
+@dataclass
+class Equality:
+    """What the check found.
+
+    Attributes:
+        error: Largest difference of an output over the largest magnitude of that output.
+        dtype: Precision in which the two were compared.
+        blind: Parameters touched by the plan on which no output depended under the check's weights.
+    """
+
+    error: float
+    dtype: torch.dtype
+    blind: list[str]
+
+
+def random_tensors(model: nn.Module, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+    """Weights and statistics under which every branch counts, whatever the model's own are.
+
+    Parameters of two or more axes are uniform, scaled so that magnitudes neither vanish nor explode; scales are in
+    [0.5, 1.5], shifts in [-0.5, 0.5], variances in [0.5, 1.5]. Other buffers keep their values.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Tensor] = {}
+    offset = 0
+    noise = torch.rand(_PERIOD, generator=generator, dtype=dtype) * 2 - 1
+    for name, tensor in named_tensors(model).items():
+        if tensor.is_complex():
+            found[name] = tensor.detach().to(_DOUBLE[tensor.dtype]) if dtype == torch.float64 else tensor.detach().clone()
+            continue
+        if not tensor.is_floating_point():
+            found[name] = tensor.detach().clone()
+            continue
+        leaf = name.rpartition(".")[2]
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if not is_parameter and leaf not in ("running_mean", "running_var"):
+            found[name] = tensor.detach().to(dtype, copy=True)
+            continue
+        offset = (offset + 1237) % _PERIOD
+        base = torch.roll(noise, offset)
+        size = tensor.numel()
+        values = base.repeat(math.ceil(size / _PERIOD))[:size].reshape(tensor.shape)
+        if tensor.dim() >= 2:
+            values *= math.sqrt(6 / max(1, size // tensor.shape[0]))
+        elif leaf in ("running_var", "weight", "weight_g", "original0") or leaf.startswith("gamma"):
+            values.mul_(0.5).add_(1)
+        else:
+            values *= 0.5
+        found[name] = values.to(tensor.device)
+    return found
+
+
+def masked(plan: RemovalPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parent's tensors with the leaving channels silenced where each consumer reads them."""
+    result = dict(tensors)
+    for name, axis in plan.reads:
+        stays = torch.zeros(result[name].shape[axis], dtype=torch.bool)
+        stays[plan.keep[name][axis]] = True
+        leaving = (~stays).nonzero()[:, 0].to(result[name].device)
+        if result[name] is tensors[name]:
+            result[name] = tensors[name].clone()
+        result[name].index_fill_(axis, leaving, 0)
+    return result
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Constants that a forward pass makes get this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def check_inputs(example_inputs: Any, dtype: torch.dtype, seed: int) -> Any:
+    """The example inputs with noise on every floating tensor, so that constant inputs cannot hide a difference."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        noise = torch.rand(tensor.shape, generator=generator, dtype=dtype).to(tensor.device)
+        return tensor.detach().to(dtype) * 0.5 + noise * 0.5
+
+    return map_tensors(change, example_inputs)
+
+
+def compare(model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, seed: int = 0) -> tuple[Equality, Recording]:
+    """Compare the masked parent with the compact child on random weights.
+
+    The model's own tensors are not touched: other tensors stand in for them. Attributes are set for the child's pass and
+    put back.
+
+    Returns:
+        What was found, and the recording of the child.
+
+    Raises:
+        EqualityError: The child cannot run, outputs differ in number or shape, all outputs are 0, or none depends on any
+            parameter of the plan.
+    """
+    dtype = torch.float64
+    tensors = random_tensors(model, dtype, seed)
+    inputs = check_inputs(example_inputs, dtype, seed)
+    try:
+        parent = _parent(model, plan, tensors, inputs, dtype)
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "Double" not in str(error) and "double" not in str(error):
+            raise
+        dtype = torch.float32  # the forward code asks for single precision by name
+        tensors = random_tensors(model, dtype, seed)
+        inputs = check_inputs(example_inputs, dtype, seed)
+        parent = _parent(model, plan, tensors, inputs, dtype)
+    child_tensors = {name: take(t, plan.keep[name]) if name in plan.keep else t for name, t in tensors.items()}
+    parameters = {name for name, _ in model.named_parameters()}
+    for name in plan.keep:
+        if name in parameters and child_tensors[name].is_floating_point():
+            child_tensors[name].requires_grad_()
+    before = set_attributes(model, plan.attributes)
+    try:
+        with substituted(model, child_tensors), default_dtype(dtype):
+            watched = {n: p for n, p in model.named_parameters() if p.requires_grad and n in plan.keep}
+            try:
+                recording = record(model, inputs, grad=True, training=plan.training)
+            except Exception as error:
+                raise EqualityError(f"the compact model cannot run ({type(error).__name__}: {error}).") from error
+            child = output_tensors(recording.result)
+            blind = _blind(child, watched)
+    finally:
+        set_attributes(model, before)
+    return Equality(_error(parent, child), dtype, blind), recording
+
+
+def _parent(
+    model: nn.Module, plan: RemovalPlan, tensors: Mapping[str, Tensor], inputs: Any, dtype: torch.dtype
+) -> list[Tensor]:
+    with substituted(model, masked(plan, tensors)), default_dtype(dtype), evaluation(model, training=plan.training):
+        return output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
+
+
+def _error(parent: list[Tensor], child: list[Tensor]) -> float:
+    if len(parent) != len(child):
+        raise EqualityError(f"the parent returns {len(parent)} tensors, the compact model {len(child)}.")
+    worst, largest = 0.0, 0.0
+    for a, b in zip(parent, child, strict=True):
+        if a.shape != b.shape:
+            raise EqualityError(f"an output of shape {tuple(a.shape)} became {tuple(b.shape)}.")
+        if a.numel() == 0:
+            continue
+        a, b = a.detach(), b.detach()
+        if not (a.is_floating_point() or a.is_complex()):
+            worst = max(worst, float((a != b).any()))
+            continue
+        scale = float(a.abs().max())
+        if not math.isfinite(scale):
+            raise EqualityError("an output is not finite under the check's weights, so nothing can be compared.")
+        largest = max(largest, scale)
+        difference = float((a - b).abs().max())
+        worst = max(worst, difference / scale if scale else difference)
+    if largest == 0:
+        raise EqualityError("every output is 0 under the check's weights: the check would see nothing.")
+    return worst
+
+
+def _blind(outputs: list[Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of parameters on which no output depends."""
+    generator = torch.Generator().manual_seed(1)
+    total = None
+    for out in outputs:
+        if out.requires_grad and out.numel():
+            weights = torch.rand(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.real.dtype) + 0.5
+            term = (out.real * weights if out.is_complex() else out * weights).sum()
+            total = term if total is None else total + term
+    if total is None:
+        return list(parameters)
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return [n for n, g in zip(parameters, gradients, strict=True) if g is None or not bool(g.any())]

@@ -1,0 +1,216 @@
+"""Channel labels: an identity for every position of every parameter's axes, carried through recorded operations.
+
+A label is an integer: position ``i`` along axis ``a`` of a parameter or buffer. Activations carry the labels of the
+weights that made them. 0 stands for a position that never leaves (padding, a constant).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_prune.channels.recording import Op, Value
+
+FIXED = 0
+
+
+def span(factor: np.ndarray) -> tuple[int, ...]:
+    """The axes along which a label array varies."""
+    return tuple([a for a, size in enumerate(factor.shape) if size > 1])
+
+
+def lift(factor: np.ndarray, ndim: int) -> np.ndarray:
+    """Prepend axes of size 1, as broadcasting does."""
+    return factor if factor.ndim == ndim else factor.reshape((1,) * (ndim - factor.ndim) + factor.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The labels of one axis of one parameter or buffer: ``base`` to ``base + size - 1``."""
+
+    name: str
+    axis: int
+    base: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """The multiply-adds of one operation: ``constant`` times the kept entries of each label array."""
+
+    op: Op
+    constant: int
+    arrays: tuple[np.ndarray, ...]
+
+
+class Labels:
+    """What propagation finds: which labels must leave together, which must stay, which rows must stay equally long.
+
+    Args:
+        given: Label arrays by parameter name and axis, for a network whose channels were removed already; by default
+            every axis gets fresh labels.
+    """
+
+    def __init__(self, given: dict[str, list[np.ndarray]] | None = None) -> None:
+        self.given = given
+        self.count = 1
+        self.slots: list[Slot] = []
+        self.edges: list[tuple[np.ndarray, np.ndarray, Op]] = []
+        self.frozen: list[tuple[np.ndarray, str, Op | None]] = []
+        self.issued: list[np.ndarray] = []
+        self.consuming: list[np.ndarray] = []
+        self.balanced: list[tuple[np.ndarray, Op]] = []
+        self.suspects: list[tuple[np.ndarray, Op]] = []
+        self.products: list[Product] = []
+        self.grouped: list[tuple[str, str, np.ndarray, int]] = []
+        self.reordered = False
+        self.op: Op | None = None
+        self._leaves: dict[str, list[np.ndarray]] = {}
+
+    def factors(self, value: Value) -> list[np.ndarray]:
+        """The label arrays of a value; a parameter or buffer gets one for each of its axes on first use."""
+        if value.factors is None:
+            value.factors = self._leaf(value) if value.name is not None else []
+        return value.factors
+
+    def _leaf(self, value: Value) -> list[np.ndarray]:
+        assert value.name is not None
+        if value.name in self._leaves:  # seen in an earlier recording of the same model
+            return self._leaves[value.name]
+        factors = self._leaves[value.name] = []
+        ndim = len(value.shape)
+        for axis, size in enumerate(value.shape):
+            if size <= 1:
+                continue
+            if self.given is not None:
+                ids = self.given[value.name][axis]
+            else:
+                ids = np.arange(self.count, self.count + size)
+                self.slots.append(Slot(value.name, axis, self.count, size))
+                self.count += size
+            factors.append(ids.reshape((1,) * axis + (size,) + (1,) * (ndim - axis - 1)))
+        return factors
+
+    def unify(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Demand that entries at the same place leave together."""
+        if a is not b:
+            assert self.op is not None
+            self.edges.append((a.ravel(), b.ravel(), self.op))
+
+    def freeze(self, factors: np.ndarray | Iterable[np.ndarray], reason: str) -> None:
+        """Demand that no label in these arrays leaves."""
+        for factor in [factors] if isinstance(factors, np.ndarray) else factors:
+            self.frozen.append((factor.ravel(), reason, self.op))
+
+    def collapse(self, factor: np.ndarray, axes: Sequence[int]) -> np.ndarray:
+        """Make labels along ``axes`` leave together, so that the array no longer varies there."""
+        for axis in axes:
+            if factor.shape[axis] > 1:
+                first = np.take(factor, [0], axis=axis)
+                self.unify(np.broadcast_to(first, factor.shape), factor)
+                factor = first
+        return factor
+
+    def along(self, value: Value, axis: int) -> np.ndarray | None:
+        """The labels along one axis as a vector; a joint array is collapsed over its other axes. None if unlabelled."""
+        axis %= len(value.shape)
+        for factor in self.factors(value):
+            if factor.shape[axis] > 1:
+                others = [a for a in span(factor) if a != axis]
+                return (self.collapse(factor, others) if others else factor).reshape(-1)
+        return None
+
+    def meet(self, a: Value, a_axis: int, b: Value, b_axis: int, what: str) -> None:
+        """Demand that two axes of the same size lose the same positions."""
+        first, second = self.along(a, a_axis), self.along(b, b_axis)
+        if first is not None and second is not None:
+            self.unify(first, second)
+        elif first is not None:
+            self.freeze(first, f"{what} does not shrink")
+        elif second is not None:
+            self.freeze(second, f"{what} does not shrink")
+
+    def drop(self, value: Value, axes: Iterable[int], reason: str) -> list[np.ndarray]:
+        """Factors left when ``axes`` are mixed: joint arrays are collapsed over them, others on them are frozen."""
+        left = []
+        mixed = {a % len(value.shape) for a in axes} if value.shape else set()
+        for factor in self.factors(value):
+            varying = set(span(factor))
+            if not varying & mixed:
+                left.append(factor)
+            elif varying <= mixed:
+                self.freeze(factor, reason)
+            else:
+                left.append(self.collapse(factor, sorted(varying & mixed)))
+        return left
+
+    def suspect(self, factor: np.ndarray) -> None:
+        """Note that the operation's sizes were written out in Python, which may not follow a removal."""
+        assert self.op is not None
+        self.suspects.append((factor.ravel(), self.op))
+
+    def product(self, sizes: Sequence[int], factors: Sequence[np.ndarray]) -> None:
+        """Note the multiply-adds of an index space; wider label arrays stand for narrower ones on the same axes."""
+        assert self.op is not None
+        free, chosen = set(range(len(sizes))), []
+        for factor in sorted(factors, key=lambda f: -len(span(f))):
+            varying = set(span(factor))
+            if varying and varying <= free:
+                chosen.append(factor.ravel())
+                free -= varying
+        constant = 1
+        for axis in free:
+            constant *= sizes[axis]
+        self.products.append(Product(self.op, constant, tuple(chosen)))
+
+    def join(self, operands: Sequence[Value], shape: tuple[int, ...]) -> list[np.ndarray]:
+        """Labels of an element-wise result: labels that meet are unified, one that meets a fixed size is frozen."""
+        ndim = len(shape)
+        merged: list[np.ndarray] = []
+        sizes: list[int] = [1] * ndim
+        for value in operands:
+            if not value.shape:
+                continue
+            pad = ndim - len(value.shape)
+            own = [lift(f, ndim) for f in self.factors(value)]
+            # Where a value is constant because a factory made it so, it counts as broadcast.
+            own_sizes = [1] * pad + [1 if a in value.wild else n for a, n in enumerate(value.shape)]
+            if merged or own:
+                merged = self._join_two(merged, sizes, own, own_sizes)
+            sizes = [max(a, b) for a, b in zip(sizes, own_sizes, strict=True)]
+        return merged
+
+    def _join_two(
+        self, first: list[np.ndarray], first_sizes: list[int], second: list[np.ndarray], second_sizes: list[int]
+    ) -> list[np.ndarray]:
+        merged, left = [], list(second)
+        reason = "it meets a tensor that does not shrink"
+        for f in first:
+            varying = set(span(f))
+            # By identity: == on arrays is element-wise.
+            index = next((i for i, g in enumerate(left) if varying & set(span(g))), None)
+            if index is None:
+                if any(second_sizes[a] > 1 for a in varying):
+                    self.freeze(f, reason)
+                merged.append(f)
+                continue
+            g = left.pop(index)
+            other = set(span(g))
+            if varying == other:
+                self.unify(f, g)
+                merged.append(f)
+            elif other < varying and all(second_sizes[a] == 1 for a in varying - other):
+                self.unify(self.collapse(f, sorted(varying - other)), g)
+                merged.append(f)
+            elif varying < other and all(first_sizes[a] == 1 for a in other - varying):
+                self.unify(self.collapse(g, sorted(other - varying)), f)
+                merged.append(g)
+            else:
+                self.freeze([f, g], reason)
+                merged.append(f)
+        for g in left:
+            if any(first_sizes[a] > 1 for a in span(g)):
+                self.freeze(g, reason)
+            if not any(set(span(g)) & set(span(f)) for f in merged):
+                merged.append(g)
+        return merged

@@ -1,0 +1,215 @@
+"""Removal plans: which channels leave, by parameter and axis; JSON that a fresh model can replay without example inputs."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lightning_prune.channels.budget import Budget, CostModel, search
+from lightning_prune.channels.labels import FIXED
+from lightning_prune.channels.scores import ChannelScores, resolve
+from lightning_prune.channels.surgery import check_fits, leaf_attributes
+from lightning_prune.channels.trace import ChannelGraph
+from lightning_prune.errors import ConfigError, FileFormatError
+
+VERSION = 1
+
+
+@dataclass
+class RemovalPlan:
+    """Which positions of which axes stay, and which module attributes change with them.
+
+    Attributes:
+        keep: For each parameter or buffer that shrinks: axis -> indices that stay, in their new order.
+        shapes: Shape before removal of each tensor in ``keep``.
+        reads: The (name, axis) pairs that read channels: the masked parent has zeros there.
+        attributes: New values of module attributes, by module name.
+        groups: One entry a group: name, size before, size after.
+        costs: ``channels``, ``params`` and ``macs``: (before, after). MACs at the traced example inputs.
+        training: Whether the check must also run the branches that only training takes.
+        replaced: Modules that are replaced by ones with a free inner width before channels leave: name -> kind.
+    """
+
+    keep: dict[str, dict[int, list[int]]]
+    shapes: dict[str, list[int]]
+    reads: list[tuple[str, int]] = field(default_factory=list)
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    costs: dict[str, tuple[int, int]] = field(default_factory=dict)
+    training: bool = False
+    replaced: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON content."""
+        content = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        content["keep"] = {n: {str(a): i for a, i in axes.items()} for n, axes in self.keep.items()}
+        return {"version": VERSION, **content}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | str) -> "RemovalPlan":
+        """Read what :meth:`to_json` gave (content, or its text).
+
+        Raises:
+            FileFormatError: Not a plan, or one of a later version.
+        """
+        try:
+            data = dict(json.loads(content) if isinstance(content, str) else content)
+            version = data.pop("version")
+            if not isinstance(version, int) or version > VERSION:
+                raise FileFormatError(
+                    f"the plan has version {version!r}, this library reads up to {VERSION}; upgrade lightning-prune."
+                )
+            data["keep"] = {n: {int(a): list(i) for a, i in axes.items()} for n, axes in data["keep"].items()}
+            data["reads"] = [(str(n), int(a)) for n, a in data["reads"]]
+            data["costs"] = {k: (int(v[0]), int(v[1])) for k, v in data["costs"].items()}
+            return cls(**data)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, FileFormatError):
+                raise
+            raise FileFormatError(f"this is not a removal plan ({type(error).__name__}: {error}).") from error
+
+    def apply_(self, model: nn.Module) -> None:
+        """Carry the plan out on a fresh model of the original shape, without a check of outputs.
+
+        Raises:
+            MaskMismatchError: The model is not of the architecture that the plan was made for.
+        """
+        from lightning_prune.channels.surgery import carry_out
+
+        check_fits(self, model)
+        carry_out(self, model)
+
+
+def plan_removal(
+    graph: ChannelGraph,
+    budget: Budget,
+    scores: ChannelScores | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    scope: str = "layer",
+) -> RemovalPlan:
+    """Choose which channels leave.
+
+    Args:
+        graph: The traced model.
+        budget: What to keep; see :class:`Budget`.
+        scores: ``{group name: (size,) tensor}`` or a function of a group and the model; higher is kept. None: the L2 norm
+            of the weights that make the channel, over all layers of its group.
+        round_to: Widths become multiples of this (a group that starts narrower or uneven may keep its width). Widths that
+            are bound to each other (chunks, shuffles) follow their own balance instead.
+        min_channels: Least width of a group, at least 1.
+        scope: ``"layer"``: every group loses the same fraction. ``"global"``: scores of all groups compete.
+
+    Returns:
+        The plan. It holds what stays of each parameter and buffer, so it can be replayed on a fresh model.
+
+    Raises:
+        BudgetError: The budget cannot be met.
+        ConfigError: An argument out of range, or scores that do not fit.
+
+    Limits:
+        Ties in scores: the later channel leaves first.
+    """
+    if round_to < 1 or min_channels < 1:
+        raise ConfigError(f"round_to={round_to} and min_channels={min_channels} must be at least 1.")
+    if scope not in ("layer", "global"):
+        raise ConfigError(f"scope={scope!r}: expected 'layer' or 'global'.")
+    if not graph.groups:
+        raise ConfigError("no channel of this model can leave; graph.explain() says why.")
+    values = [resolve(scores, group, graph.model).numpy() for group in graph.groups]
+    costs = CostModel(graph)
+    ranked = [np.sort(v) for v in values] if scope == "global" else None
+    widths = search(graph, budget, costs, round_to, min_channels, ranked)
+    kept = choose(graph, values, widths)
+    return make_plan(graph, kept, costs)
+
+
+def choose(graph: ChannelGraph, values: list[np.ndarray], widths: np.ndarray) -> np.ndarray:
+    """Whether each component stays: the best-scored channels of each group do; of equals, the earlier."""
+    kept = np.ones(len(graph.grouping.removable), dtype=bool)
+    for group, value, width in zip(graph.groups, values, widths, strict=True):
+        order = np.argsort(-value, kind="stable")
+        kept[group.channels[order[width:]]] = False
+    return kept
+
+
+def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = None) -> RemovalPlan:
+    """Turn the components that stay into a plan."""
+    costs = costs or CostModel(graph)
+    labels, grouping = graph.labels, graph.grouping
+    stays = kept[grouping.component]
+    stays[FIXED] = True
+    tensors: dict[str, Tensor] = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers())}
+    reading = np.zeros(labels.count, dtype=bool)
+    for array in labels.consuming:
+        reading[array] = True
+    plan = RemovalPlan({}, {})
+    for slot in labels.slots:
+        ids = slice(slot.base, slot.base + slot.size)
+        own = stays[ids]
+        if own.all():
+            continue
+        plan.keep.setdefault(slot.name, {})[slot.axis] = np.flatnonzero(own).tolist()
+        plan.shapes[slot.name] = list(tensors[slot.name].shape)
+        if reading[ids].any():
+            plan.reads.append((slot.name, slot.axis))
+    after = np.array([int(kept[g.channels].sum()) for g in graph.groups])
+    plan.groups = [
+        {"name": g.name, "size": g.size, "kept": int(n)} for g, n in zip(graph.groups, after, strict=True)
+    ]
+    plan.costs = {w: (costs.cost(w, costs.sizes), costs.cost(w, after)) for w in ("channels", "params", "macs")}
+    plan.training = graph.training
+    plan.attributes = leaf_attributes(graph.model, plan, _group_counts(graph, stays))
+    for module, changes in _written_sizes(graph, stays).items():
+        for attribute, value in changes.items():
+            plan.attributes.setdefault(module, {}).setdefault(attribute, value)
+    return plan
+
+
+def _group_counts(graph: ChannelGraph, stays: np.ndarray) -> dict[str, int]:
+    """How many groups each grouped convolution and GroupNorm has left, by module name."""
+    return {module: int(stays[table].sum()) for _, module, table, _ in graph.labels.grouped}
+
+
+_WIDTH_WORDS = ("head", "group", "dim", "channel", "width", "inner", "hidden", "size", "feature", "plane", "embed")
+
+
+def _written_sizes(graph: ChannelGraph, stays: np.ndarray) -> dict[str, dict[str, int]]:
+    """Integer attributes of modules whose code spelled out a size that changes: head counts, inner widths."""
+    modules = dict(graph.model.named_modules())
+    found: dict[str, dict[str, int]] = {}
+    conflicts: set[tuple[str, str]] = set()
+    for factor, op in graph.labels.suspects:
+        if stays[factor].all():
+            continue
+        module = modules[op.module]
+        value = op.outs[0] if op.name not in ("split", "slice") else op.args[0]
+        for before, after in size_changes(value.factors or [], stays):
+            for attribute, number in vars(module).items():
+                if type(number) is not int or number != before or not any(w in attribute for w in _WIDTH_WORDS):
+                    continue
+                if found.get(op.module, {}).get(attribute, after) != after:
+                    conflicts.add((op.module, attribute))
+                found.setdefault(op.module, {})[attribute] = after
+    for name, attribute in conflicts:
+        del found[name][attribute]
+    return found
+
+
+def size_changes(factors: list[np.ndarray], stays: np.ndarray) -> list[tuple[int, int]]:
+    """For each labelled axis its size before and after removal, where it changes and is the same in every row."""
+    changes = []
+    for factor in factors:
+        alive = stays[factor]
+        for axis, size in enumerate(factor.shape):
+            if size == 1:
+                continue
+            inner = tuple(range(axis + 1, factor.ndim))
+            counts = (alive.any(axis=inner) if inner else alive).sum(axis=axis)
+            counts = np.unique(counts[counts > 0])
+            if len(counts) == 1 and counts[0] != size:
+                changes.append((size, int(counts[0])))
+    return changes

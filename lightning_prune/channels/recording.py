@@ -1,0 +1,275 @@
+"""Record what one forward pass of a model does, as a list of tensor operations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_prune.errors import TraceError
+
+MAX_OPERATIONS = 200_000
+
+
+class Value:
+    """One tensor of a recording: its shape, what it is called if it belongs to the model, and its channel labels.
+
+    Attributes:
+        shape: Sizes.
+        name: Name of the parameter or buffer that it is, or None.
+        factors: Label arrays, one for each independent set of axes that carries channels; each has as many axes as the
+            tensor, of size 1 where the labels do not vary.
+        wild: Axes along which the tensor is constant because a factory or ``expand`` made it so: it follows any size.
+        weight: Whether it was computed from parameters and constants only.
+    """
+
+    __slots__ = ("factors", "name", "shape", "weight", "wild")
+
+    def __init__(self, shape: tuple[int, ...], name: str | None = None) -> None:
+        self.shape = shape
+        self.name = name
+        self.factors: list[np.ndarray] | None = None
+        self.wild: frozenset[int] = frozenset()
+        self.weight = name is not None
+
+
+@dataclass(slots=True)
+class Op:
+    """One recorded operation.
+
+    Attributes:
+        name: ATen name without overload, such as ``"convolution"``; with its namespace if that is not ``aten``.
+        args: Positional arguments, tensors replaced by their :class:`Value`.
+        kwargs: Keyword arguments, likewise.
+        outs: The tensors it returned.
+        module: Name of the innermost module that was running ("" is the model itself).
+        intent: Name and arguments (without tensors) of the Python-level torch function it came from, or None.
+    """
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: list[Value]
+    module: str
+    intent: tuple[str, tuple[Any, ...]] | None
+
+    def tensors(self) -> list[Value]:
+        """Every tensor among the arguments, in order."""
+        found: list[Value] = []
+        _collect(self.args, found)
+        _collect(tuple(self.kwargs.values()), found)
+        return found
+
+    def where(self) -> str:
+        """Name the operation and its place, for messages."""
+        return f"{self.name} in {self.module or 'the model'}"
+
+
+@dataclass
+class Recording:
+    """The operations of one pass, and the values that the model returned."""
+
+    ops: list[Op] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    result: Any = None
+    leaves: dict[str, Value] = field(default_factory=dict)
+
+
+def _collect(items: Any, found: list[Value]) -> None:
+    for item in items:
+        if isinstance(item, Value):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            _collect(item, found)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, leaves: dict[int, Value], state: "_State") -> None:
+        super().__init__()
+        self.values = leaves
+        self.keep: list[Tensor] = []  # identities are reused once a tensor dies
+        self.ops: list[Op] = []
+        self.state = state
+        self.names: dict[Any, str] = {}
+
+    def value(self, tensor: Tensor) -> Value:
+        value = self.values.get(id(tensor))
+        if value is None:
+            value = Value(tuple(tensor.shape))
+            self.values[id(tensor)] = value
+            self.keep.append(tensor)
+        return value
+
+    def convert(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return self.value(item)
+        if isinstance(item, (list, tuple)):
+            return [self.convert(i) for i in item]
+        return item
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # The arguments are converted first: an operation that resizes in place would hide what it was given.
+        recorded_args = tuple([self.convert(a) for a in args])
+        recorded_kwargs = {k: self.convert(v) for k, v in kwargs.items()} if kwargs else kwargs
+        out = func(*args, **kwargs)
+        name = self.names.get(func)
+        if name is None:
+            name = func._schema.name.removeprefix("aten::")
+            self.names[func] = name
+        outs: list[Value] = []
+        if isinstance(out, Tensor):
+            outs.append(self.value(out))
+        else:
+            _collect([self.convert(out)], outs)
+        state = self.state
+        self.ops.append(Op(name, recorded_args, recorded_kwargs, outs, state.modules[-1], state.intent))
+        if len(self.ops) > MAX_OPERATIONS:
+            raise TraceError(
+                f"the forward pass ran more than {MAX_OPERATIONS} tensor operations; expected a bounded graph. Give "
+                "smaller or shorter example inputs."
+            )
+        return out
+
+
+class _Intents(TorchFunctionMode):
+    """Notes which Python-level function an operation came from: ``flatten`` and ``view`` are one ATen operation."""
+
+    def __init__(self, state: "_State") -> None:
+        super().__init__()
+        self.state = state
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outer = self.state.intent
+        plain = tuple(a for a in args if not isinstance(a, Tensor))
+        self.state.intent = (getattr(func, "__name__", str(func)), plain + tuple((kwargs or {}).values()))
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self.state.intent = outer
+
+
+class _State:
+    def __init__(self) -> None:
+        self.modules = [""]
+        self.intent: tuple[str, tuple[Any, ...]] | None = None
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer once, under its first name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def call_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call the model: a tuple holds positional arguments, a dict keyword arguments, anything else is one argument."""
+    if isinstance(example_inputs, tuple):
+        return model(*example_inputs)
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    return model(example_inputs)
+
+
+def map_tensors(function: Callable[[Tensor], Any], item: Any) -> Any:
+    """Apply ``function`` to every tensor in nested tuples, lists and dicts."""
+    if isinstance(item, Tensor):
+        return function(item)
+    if isinstance(item, tuple) and hasattr(item, "_fields"):
+        return type(item)(*(map_tensors(function, i) for i in item))
+    if isinstance(item, (list, tuple)):
+        return type(item)(map_tensors(function, i) for i in item)
+    if isinstance(item, dict):
+        return {k: map_tensors(function, v) for k, v in item.items()}
+    return item
+
+
+def output_tensors(item: Any, _depth: int = 0) -> list[Tensor]:
+    """Every tensor that a model returned, in order, also inside mappings and plain objects with attributes."""
+    if isinstance(item, Tensor):
+        return [item]
+    if isinstance(item, dict):
+        children: Sequence[Any] = list(item.values())
+    elif isinstance(item, (list, tuple)):
+        children = item
+    elif hasattr(item, "__dict__") and _depth < 4 and not isinstance(item, (type, nn.Module)):
+        children = list(vars(item).values())
+    else:
+        return []
+    return [t for child in children for t in output_tensors(child, _depth + 1)]
+
+
+@contextmanager
+def evaluation(model: nn.Module, *, grad: bool = False, training: bool = False) -> Iterator[None]:
+    """Put the model into eval mode with attention's fused fast path off; put every flag back afterwards.
+
+    Args:
+        model: The model.
+        grad: Whether operations are differentiated.
+        training: Whether modules that have children stay in training mode, so that branches that only training takes
+            (auxiliary classifiers) run while BatchNorm and dropout behave as in evaluation.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for module, _ in modes:
+            children = training and next(module.children(), None) is not None
+            if module.training != children:
+                module.training = children
+        with torch.set_grad_enabled(grad):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode
+
+
+def record(model: nn.Module, example_inputs: Any, *, grad: bool = False, training: bool = False) -> Recording:
+    """Run the model once and record its tensor operations. Only the path that ran is seen.
+
+    Args:
+        model: The model; its modes and flags come back as they were.
+        example_inputs: See :func:`call_model`; cloned, since models may change their inputs in place.
+        grad: Whether the pass is differentiable.
+        training: See :func:`evaluation`.
+
+    Raises:
+        TraceError: Too many operations.
+    """
+    leaves: dict[int, Value] = {}
+    by_name: dict[str, Value] = {}
+    for name, tensor in named_tensors(model):
+        if id(tensor) not in leaves:
+            leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name)
+    state = _State()
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        state.modules.append(names.get(id(module), state.modules[-1]))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if len(state.modules) > 1:
+            state.modules.pop()
+
+    recorder = _Recorder(leaves, state)
+    inputs = map_tensors(torch.clone, example_inputs)
+    with ExitStack() as stack:
+        for handle in (
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, always_call=True),
+        ):
+            stack.callback(handle.remove)
+        stack.enter_context(evaluation(model, grad=grad, training=training))
+        stack.enter_context(recorder)
+        stack.enter_context(_Intents(state))
+        result = call_model(model, inputs)
+    known = recorder.values
+    outputs = [known[id(t)] for t in output_tensors(result) if id(t) in known]
+    return Recording(recorder.ops, outputs, result, by_name)

@@ -1,0 +1,153 @@
+"""Trace a model: run it once, follow its channels, sort them into groups."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, make_groups
+from lightning_prune.channels.labels import Labels
+from lightning_prune.channels.recording import Recording, record
+from lightning_prune.channels.rules import RULES
+from lightning_prune.errors import TraceError
+
+
+def propagate(recordings: Sequence[Recording], labels: Labels) -> Labels:
+    """Carry labels through every recorded operation; an operation without a rule freezes whatever it touches."""
+    for recording in recordings:
+        for op in recording.ops:
+            labels.op = op
+            rule = RULES.get(op.name)
+            if rule is None:
+                _unknown(labels, op, f"{op.name} has no rule")
+                continue
+            try:
+                rule(labels, op)
+            except (IndexError, ValueError, TypeError, AttributeError, AssertionError, KeyError) as error:
+                _unknown(labels, op, f"this form of {op.name} has no rule ({type(error).__name__}: {error})")
+        labels.op = None
+        for value in recording.outputs:
+            labels.freeze(labels.factors(value), "it is an output of the model")
+    return labels
+
+
+def _unknown(labels: Labels, op: Any, reason: str) -> None:
+    tensors = op.tensors()
+    for value in tensors:
+        if value.name is None or value.factors is not None:
+            labels.freeze(labels.factors(value), reason)
+        else:
+            labels.freeze(labels.factors(value), reason)
+    for value in op.outs:
+        if value not in tensors:
+            value.factors = []
+
+
+class ChannelGraph:
+    """How the channels of a model hang together. Made by :func:`trace_channels`.
+
+    Attributes:
+        model: The model that was traced.
+        example_inputs: What it was traced with.
+        groups: Channels that can leave, sorted into groups that leave together.
+        frozen: Channels that may not leave, with the reason.
+        unseen: Parameters that no recorded operation used; they stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any, labels: Labels, grouping: Grouping) -> None:
+        self.model = model
+        self.example_inputs = example_inputs
+        self.labels = labels
+        self.grouping = grouping
+        self.training = False
+        self.unseen: list[str] = []
+        self.operations = 0
+
+    @property
+    def groups(self) -> list[ChannelGroup]:
+        """Groups, in the order in which the model makes them."""
+        return self.grouping.groups
+
+    @property
+    def frozen(self) -> list[FrozenAxis]:
+        """Axes of which nothing, or not everything, may leave."""
+        return self.grouping.frozen
+
+    def explain(self) -> str:
+        """Describe groups, widths and frozen channels, by name, as text."""
+        lines = [f"{len(self.groups)} groups of channels that can leave ({self.operations} operations recorded)"]
+        for group in self.groups:
+            tied = ", width tied to other groups" if group.tied else ""
+            lines.append(f"  {group.name}: {group.size} channels{tied}")
+            lines += [f"      {name}, axis {axis}" + (f" x {n}" if n > 1 else "") for name, axis, n in group.members]
+        lines.append(f"{len(self.frozen)} axes with channels that stay")
+        lines += [f"  {f.name}, axis {f.axis}: {f.size} channels: {f.reason} [{f.where}]" for f in self.frozen]
+        if self.unseen:
+            lines.append(f"{len(self.unseen)} parameters that the recorded pass did not use: " + ", ".join(self.unseen))
+        lines.append("Only the path that ran with these example inputs was seen.")
+        return "\n".join(lines)
+
+
+def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Find which channels of a model can leave, and which only together.
+
+    The model runs once in eval mode without gradients (modes and flags come back as they were) and every tensor
+    operation is recorded. Each position of each parameter's axes gets a label; labels are carried through the
+    operations by one rule for each kind. Parameters that this pass did not use are looked for in a second pass
+    with container modules in training mode (auxiliary classifiers).
+
+    Args:
+        model: Any module, on any device. It should be the bare module, not a wrapper (DDP, ``torch.compile``).
+        example_inputs: A tuple holds positional arguments, a dict keyword arguments, anything else is one argument.
+
+    Returns:
+        The graph: ``groups``, ``frozen`` and ``explain()``.
+
+    Raises:
+        TraceError: The model cannot be run with these inputs, or runs too many operations.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+        >>> [(g.name, g.size) for g in trace_channels(net, torch.zeros(1, 3, 8, 8)).groups]
+        [('0', 8)]
+
+    Limits:
+        Only the executed path is seen. Values that leave tensors (``.item()``, ``.tolist()``) are not followed; the
+        equality check of :func:`compact` is what catches their effect.
+    """
+    try:
+        recordings = [record(model, example_inputs)]
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be run with these example inputs ({type(error).__name__}: {error}); give a "
+            "tuple of positional arguments, a dict of keyword arguments, or the single argument."
+        ) from error
+    labels = propagate(recordings, Labels())
+    names = [name for name, _ in model.named_parameters()]
+    unseen = _unseen(names, recordings)
+    if unseen:
+        try:
+            recordings.append(record(model, example_inputs, training=True))
+        except Exception:  # noqa: BLE001  (a training pass may need targets; what it would use stays whole)
+            pass
+        else:
+            labels = propagate(recordings, Labels())
+            unseen = _unseen(names, recordings)
+    graph = ChannelGraph(model, example_inputs, labels, make_groups(labels))
+    graph.training = len(recordings) > 1
+    graph.unseen = unseen
+    graph.operations = sum(len(r.ops) for r in recordings)
+    return graph
+
+
+def _unseen(names: list[str], recordings: Sequence[Recording]) -> list[str]:
+    return [n for n in names if all(r.leaves[n].factors is None for r in recordings if n in r.leaves)]
+
+
+def kept_labels(graph: ChannelGraph, kept: np.ndarray) -> np.ndarray:
+    """Whether each label stays, from whether each component stays."""
+    return kept[graph.grouping.component]
