@@ -176,7 +176,7 @@ def _decode(source: Path) -> dict[str, Tensor]:
         EOFError,
         tarfile.TarError,
         zlib.error,
-    ) as error:  # Pillow's error for what is no image is an OSError
+    ) as error:  # Pillow: OSError
         raise ConfigError(f"{source} is damaged ({error}); fetch it anew.") from error
     classes = sorted({label for label, _ in decoded["train"]})
     if not classes or classes != sorted({label for label, _ in decoded["test"]}):
