@@ -10,6 +10,8 @@ from lightning_prune.experiments.data.module import Split, Splits, TensorDataMod
 from lightning_prune.experiments.data.roots import data_root, missing_data
 from lightning_prune.experiments.data.transforms import Pixels
 
+_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
 
 class Digits(TensorDataModule):
     """The 1,797 handwritten digits that ship with scikit-learn: real data, nothing is downloaded.
@@ -128,14 +130,13 @@ class MNIST(TensorDataModule):
     def _read(self, train: bool, download: bool = False) -> Split:
         from torchvision.datasets import MNIST as Files  # noqa: N811  (slow to import, and only needed here)
 
-        expected = "MNIST/raw with the four IDX files (train-images-idx3-ubyte, ...)"
+        folder = self.root / "MNIST" / "raw"
         try:
             files = Files(str(self.root), train=train, download=download)
-        except (RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0] if download else ""
-            raise missing_data("MNIST", self.root, expected, reason) from error
-        except (ValueError, AssertionError) as error:
-            raise ConfigError(
-                f"MNIST in {self.root} is damaged ({error}); delete MNIST/raw and fetch it anew."
-            ) from error
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if all((folder / name).is_file() for name in _FILES):
+                raise ConfigError(f"{folder} is damaged ({reason}); delete it and fetch the files anew.") from error
+            expected = f"MNIST/raw with the four files {', '.join(_FILES)}"
+            raise missing_data("MNIST", self.root, expected, reason if download else "") from error
         return Split(files.data.unsqueeze(1), files.targets.long())
