@@ -1,11 +1,13 @@
 """Exact order statistics over scores that lie in many tensors, without bringing them together.
 
-A float's bits, read as an integer, are in the order of the floats (mirrored below zero). So the n-th smallest of all
-scores is found sixteen bits at a time: count how many scores have each upper half, find the half that holds the n-th,
-then count the lower halves of those few. Each step is one pass over cache-sized pieces, whatever the distribution.
+A float's bits, read as an integer, are in the order of the floats (mirrored below zero). One pass counts how many
+scores have each upper half of the bits; that gives a narrow bracket around the n-th smallest. A second pass compares
+with the bracket and looks closer only at the few scores inside. Where many scores share those bits, further passes
+narrow the bracket first. All go over pieces that fit a cache.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +16,16 @@ from lightning_prune.errors import SelectionError
 
 _PIECE = 2**18  # entries; 1 MiB of float32, so that a piece stays in the cache from one operation to the next
 _BUCKETS = 2**16
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    """The ``inside`` scores whose bits from ``shift`` up are ``prefix``; ``below`` others are lower."""
+
+    prefix: int
+    shift: int
+    below: int
+    inside: int
 
 
 class Pool:
@@ -33,7 +45,9 @@ class Pool:
         self._names = names
         self._within = within
         self._dtype = dtype
-        self._bits = 32 if self._dtype == torch.float32 else 64
+        self._word = torch.int32 if dtype == torch.float32 else torch.int64
+        self._bits = 32 if dtype == torch.float32 else 64
+        self._negative_zero = False
 
     def keep_largest(self, remove: int) -> dict[str, Tensor]:
         """Masks that keep all but the ``remove`` smallest scores. Among equal scores the later position leaves first.
@@ -44,49 +58,58 @@ class Pool:
         Raises:
             SelectionError: A score is NaN.
         """
-        counts = self._count(self._bits - 16, None)
-        bound = self._smallest(remove, counts) if remove else None
-        masks: dict[str, Tensor] = {}
-        above = 0
-        for name in self._names:
-            score, within = self._read(name)
-            mask = torch.ones_like(score, dtype=torch.bool) if within is None else within.clone()
-            if bound is not None:
-                for values, out in zip(_pieces(score), _pieces(mask), strict=True):
-                    larger = values.to(self._dtype) > bound
-                    above += int(torch.count_nonzero(out.logical_and_(larger)))
-            masks[name] = mask
-        if bound is not None:
-            self._keep_first_equals(masks, bound, int(counts.sum()) - remove - above)
+        counts = self._count_highest()
+        if remove == 0:
+            return {name: self._taking_part(name) for name in self._names}
+        bracket = self._bracket(remove, counts)
+        low, high = self._bounds(bracket)
+        masks, found = self._split(low, high)
+        bound, above = low, 0
+        if found:
+            values = torch.cat([values for _, _, values in found])
+            bound = values.kthvalue(remove - bracket.below).values.item()
+            above = int(torch.count_nonzero(values > bound))
+            for mask, index, values in found:
+                mask[index[(values > bound).to(index.device)]] = True
+        self._keep_first_equals(masks, bound, bracket.inside - (remove - bracket.below) - above)
         return masks
 
     def ordered(self) -> Tensor:
-        """All scores that take part, ascending, in one CPU tensor. For the counting rules that need them."""
-        self._count(self._bits - 16, None)
+        """All scores that take part, ascending, in one CPU tensor. For the counting rules that need them.
+
+        Raises:
+            SelectionError: A score is NaN.
+        """
+        self._count_highest()
         parts = []
         for name in self._names:
             score, within = self._read(name)
             parts.append((score.reshape(-1) if within is None else score[within]).to("cpu", self._dtype))
         return torch.cat(parts).sort().values
 
-    def _smallest(self, n: int, counts: Tensor) -> float | int:
-        """The ``n``-th smallest score, counted from 1; ``counts`` as for the highest sixteen bits."""
+    # ------------------------------------------------------------------ the bracket
+
+    def _bracket(self, n: int, counts: Tensor) -> _Bracket:
+        """A narrow bracket around the ``n``-th smallest score, counted from 1; ``counts`` of the highest bits."""
+        few = max(_BUCKETS, int(counts.sum()) // 16)
         prefix: int | None = None
+        below = 0
         for shift in range(self._bits - 16, -1, -16):
             if prefix is not None:
-                counts = self._count(shift, prefix)
+                counts = self._count_inside(prefix, shift)
             order = self._ascending(prefix)
             reached = counts[order].cumsum(0)
-            place = int(torch.searchsorted(reached, n))
-            n -= int(reached[place - 1]) if place else 0
+            place = int(torch.searchsorted(reached, n - below))
+            below += int(reached[place - 1]) if place else 0
             bucket = int(order[place])
-            if prefix is None:  # the sign bit
+            if prefix is None:  # the first of these bits is the sign
                 prefix = bucket - _BUCKETS if bucket >= _BUCKETS // 2 else bucket
             else:
                 prefix = prefix * _BUCKETS + bucket
-        if not self._dtype.is_floating_point:
-            return prefix  # type: ignore[return-value]
-        return torch.tensor(prefix, dtype=_word(self._dtype)).view(self._dtype).item()
+            bracket = _Bracket(prefix, shift, below, int(counts[bucket]))
+            if bracket.inside <= few:
+                break
+        return bracket
 
     def _ascending(self, prefix: int | None) -> Tensor:
         """The buckets from the lowest scores to the highest; ``prefix`` holds the bits above, if any."""
@@ -97,44 +120,86 @@ class Pool:
             return torch.cat([negative.flip(0) if is_float else negative, positive])
         return upwards.flip(0) if is_float and prefix < 0 else upwards
 
-    def _count(self, shift: int, prefix: int | None) -> Tensor:
-        """How many scores whose bits above ``shift + 16`` are ``prefix`` have each value of the next sixteen bits."""
+    def _bounds(self, bracket: _Bracket) -> tuple[float | int, float | int]:
+        """The lowest and the highest score that a bracket can hold."""
+        words = torch.tensor([bracket.prefix << bracket.shift, ((bracket.prefix + 1) << bracket.shift) - 1])
+        if not self._dtype.is_floating_point:
+            return int(words[0]), int(words[1])
+        ends = words.to(self._word).view(self._dtype).tolist()
+        infinity = float("inf") if bracket.prefix >= 0 else float("-inf")
+        low, high = sorted(infinity if end != end else end for end in ends)  # beyond an infinity the bits mean NaN
+        return low, high
+
+    def _count_highest(self) -> Tensor:
+        """How many scores have each value of the sixteen highest bits."""
         total = torch.zeros(_BUCKETS, dtype=torch.int64)
         for name in self._names:
             score, within = self._read(name)
-            here = torch.zeros(_BUCKETS + 1, dtype=torch.int64, device=score.device)
-            pruned = None if within is None else ~within
-            masks: Iterator[Tensor | None] = iter(()) if pruned is None else _pieces(pruned)
-            for values in _pieces(score):
-                words = values.to(self._dtype).view(_word(self._dtype))
-                out = next(masks, None)
-                if prefix is None:
-                    buckets = (words >> shift).bitwise_and_(_BUCKETS - 1)
-                    if out is not None:
-                        buckets.masked_fill_(out, _BUCKETS)
-                else:
-                    inside = (words >> (shift + 16)) == prefix
-                    if out is not None:
-                        inside.logical_and_(~out)
-                    buckets = (words[inside] >> shift).bitwise_and_(_BUCKETS - 1)
-                here += torch.bincount(buckets, minlength=_BUCKETS + 1)
-            counts = here[:_BUCKETS].cpu()
-            if prefix is None and self._dtype.is_floating_point:
-                self._refuse_nan(name, counts)
-            total += counts
+            here = torch.zeros(_BUCKETS, dtype=torch.int64, device=score.device)
+            for values, kept in self._pieces(score, within):
+                buckets = (values.view(self._word) >> (self._bits - 16)).bitwise_and_(_BUCKETS - 1)
+                if kept is not None:
+                    buckets.mul_(kept.to(self._word))
+                here += torch.bincount(buckets, minlength=_BUCKETS)
+            if within is not None:
+                here[0] -= torch.count_nonzero(~within)
+            total += self._without_nan(name, here.cpu())
+        if self._dtype.is_floating_point and not self._negative_zero and bool(total[_BUCKETS // 2]):
+            self._negative_zero = True  # perhaps; it equals 0, so it must be counted with it
+            return self._count_highest()
         return total
 
-    def _refuse_nan(self, name: str, counts: Tensor) -> None:
+    def _count_inside(self, prefix: int, shift: int) -> Tensor:
+        """How many scores whose bits above ``shift + 16`` are ``prefix`` have each value of the next sixteen bits."""
+        total = torch.zeros(_BUCKETS, dtype=torch.int64)
+        for name in self._names:
+            for values, kept in self._pieces(*self._read(name)):
+                words = values.view(self._word)
+                inside = (words >> (shift + 16)) == prefix
+                if kept is not None:
+                    inside.logical_and_(kept)
+                buckets = (words[inside] >> shift).bitwise_and_(_BUCKETS - 1)
+                total += torch.bincount(buckets, minlength=_BUCKETS).cpu()
+        return total
+
+    def _without_nan(self, name: str, counts: Tensor) -> Tensor:
         first = 0x7F80 if self._bits == 32 else 0x7FF0  # all exponent bits set: infinities and NaN
-        if not bool(counts.view(2, -1)[:, first:].any()):
-            return
-        score, within = self._read(name)
-        found = score.isnan() if within is None else score.isnan() & within
-        if bool(found.any()):
-            raise SelectionError(
-                f"the scores of {name!r} hold {int(found.sum())} NaN among {score.numel()} entries, so nothing can be "
-                "selected; look for a loss or a learning rate that made the weights diverge."
-            )
+        if self._dtype.is_floating_point and bool(counts.view(2, -1)[:, first:].any()):
+            score, within = self._read(name)
+            found = score.isnan() if within is None else score.isnan() & within
+            if bool(found.any()):
+                raise SelectionError(
+                    f"the scores of {name!r} hold {int(found.sum())} NaN among {score.numel()} entries, so nothing can "
+                    "be selected; look for a loss or a learning rate that made the weights diverge."
+                )
+        return counts
+
+    # ------------------------------------------------------------------ the masks
+
+    def _split(
+        self, low: float | int, high: float | int
+    ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
+        """Masks that keep what lies above ``high``, and what lies from ``low`` to ``high`` where the two differ.
+
+        The latter as, for each piece, the mask's flat view, positions in it, and scores there (on the CPU).
+        """
+        masks: dict[str, Tensor] = {}
+        found = []
+        for name in self._names:
+            score, within = self._read(name)
+            masks[name] = torch.empty_like(score, dtype=torch.bool)
+            for (values, kept), mask in zip(self._pieces(score, within), _flat_pieces(masks[name]), strict=True):
+                # On a CPU a comparison that gives floats is vectorised; one that gives booleans takes far longer.
+                mask.copy_(torch.gt(values, high, out=torch.empty_like(values)))
+                if low < high:
+                    inside = torch.ge(values, low, out=torch.empty_like(values)).to(torch.bool).logical_xor_(mask)
+                if kept is not None:
+                    mask.logical_and_(kept)
+                    inside.logical_and_(kept)
+                if low < high:
+                    index = _positions(inside)
+                    found.append((mask, index, values[index].cpu()))
+        return masks, found
 
     def _keep_first_equals(self, masks: Mapping[str, Tensor], bound: float | int, keep: int) -> None:
         """Also keep the first ``keep`` entries whose score is exactly ``bound``, by order of names and flat index."""
@@ -152,6 +217,12 @@ class Pool:
                 keep -= min(keep, found)
             masks[name].logical_or_(equal)
 
+    # ------------------------------------------------------------------ reading
+
+    def _taking_part(self, name: str) -> Tensor:
+        score, within = self._read(name)
+        return torch.ones_like(score, dtype=torch.bool) if within is None else within.clone()
+
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The scores of one tensor and which of them take part, both in one memory layout without gaps."""
         score = self._scores[name].detach()
@@ -162,8 +233,15 @@ class Pool:
             within = torch.empty_like(score, dtype=torch.bool).copy_(within)
         return score, within
 
+    def _pieces(self, score: Tensor, within: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Flat pieces of what :meth:`_read` gave: the scores in the common type, and which of them take part."""
+        kept: Iterator[Tensor | None] = iter(()) if within is None else _flat_pieces(within)
+        for values in _flat_pieces(score):
+            values = values.to(self._dtype)
+            yield (values + 0.0 if self._negative_zero else values), next(kept, None)
 
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+
+def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Views of a tensor's entries in the order in which they lie in memory; whole where there is no cache to mind."""
     flat = tensor.permute(_by_stride(tensor)).view(-1)
     return iter(flat.split(_PIECE) if tensor.device.type == "cpu" else (flat,))
@@ -173,8 +251,13 @@ def _by_stride(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
-def _word(dtype: torch.dtype) -> torch.dtype:
-    return torch.int32 if dtype == torch.float32 else torch.int64
+def _positions(few: Tensor) -> Tensor:
+    """Where a flat mask is ``True``, when it rarely is: eight entries are looked at as one number."""
+    whole = few.numel() // 8 * 8
+    eights = few[:whole].view(torch.int64).nonzero().squeeze(1)
+    hits = few[:whole].view(-1, 8)[eights].nonzero()
+    rest = few[whole:].nonzero().squeeze(1) + whole
+    return torch.cat([eights[hits[:, 0]] * 8 + hits[:, 1], rest])
 
 
 def common_dtype(dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
