@@ -144,10 +144,12 @@ class Family:
             part = balance.matrix[:, self.members]
             if not part.any():
                 continue
+            kinds = np.unique(np.column_stack([part, balance.fixed]), axis=0)
+            part, fixed = kinds[:, :-1], kinds[:, -1]
             rows.append(part[1:] - part[:1])
-            targets.append(balance.fixed[0] - balance.fixed[1:])
+            targets.append(fixed[0] - fixed[1:])
             floors.append(part[:1])
-            floor_values.append(max(min_channels, 1) - balance.fixed[:1])
+            floor_values.append(max(min_channels, 1) - fixed[:1])
         axes: dict[tuple[str, int], dict[int, int]] = {}
         for i, g in enumerate(members):
             for name, axis, entries in graph.groups[g].members:
@@ -169,6 +171,9 @@ class Family:
         return self._states[level]
 
     def _solve(self, fraction: float) -> np.ndarray:
+        even = np.maximum(np.floor(fraction * self.sizes), 1)
+        if np.array_equal(self.equal @ even, self.target) and (self.floor @ even >= self.floor_value).all():
+            return even.astype(int)  # rows of the same kind: nothing to solve
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_matrix, hstack, identity, vstack
 

@@ -13,7 +13,7 @@ from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.scores import ChannelScores, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
-from lightning_prune.errors import ConfigError, FileFormatError
+from lightning_prune.errors import ConfigError, FileFormatError, TraceError
 
 VERSION = 1
 
@@ -124,7 +124,27 @@ def plan_removal(
     ranked = [np.sort(v) for v in values] if scope == "global" else None
     widths = search(graph, budget, costs, round_to, min_channels, ranked)
     kept = choose(graph, values, widths)
-    return make_plan(graph, kept, costs)
+    plan = make_plan(graph, kept, costs)
+    if graph.labels.reordered and any(group.tied for group in graph.groups):
+        _put_in_order(graph, plan, kept)
+    return plan
+
+
+def _put_in_order(graph: ChannelGraph, plan: RemovalPlan, kept: np.ndarray) -> None:
+    """Where channels are shuffled, give every axis that reads them the order in which they arrive."""
+    from lightning_prune.channels.follow import examine
+
+    stays = kept[graph.grouping.component]
+    stays[FIXED] = True
+    outcome = examine(graph, plan, stays)
+    if outcome.index is not None:
+        op = graph.recordings[0].ops[outcome.index]
+        raise TraceError(
+            f"the compact model would not follow the plan at {op.where()}: {outcome.why}. Report the model, or choose "
+            "another budget."
+        )
+    for (name, axis), order in outcome.orders.items():
+        plan.keep.setdefault(name, {})[axis] = order
 
 
 def choose(graph: ChannelGraph, values: list[np.ndarray], widths: np.ndarray) -> np.ndarray:

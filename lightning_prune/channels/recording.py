@@ -90,11 +90,11 @@ def _collect(items: Any, found: list[Value]) -> None:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, leaves: dict[int, Value], state: "_State") -> None:
+    def __init__(self, leaves: dict[int, Value], state: "_State", ops: list[Op]) -> None:
         super().__init__()
         self.values = leaves
         self.keep: list[Tensor] = []  # identities are reused once a tensor dies
-        self.ops: list[Op] = []
+        self.ops = ops
         self.state = state
         self.names: dict[Any, str] = {}
 
@@ -231,7 +231,14 @@ def evaluation(model: nn.Module, *, grad: bool = False, training: bool = False) 
                 module.training = mode
 
 
-def record(model: nn.Module, example_inputs: Any, *, grad: bool = False, training: bool = False) -> Recording:
+def record(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    grad: bool = False,
+    training: bool = False,
+    into: Recording | None = None,
+) -> Recording:
     """Run the model once and record its tensor operations. Only the path that ran is seen.
 
     Args:
@@ -239,12 +246,14 @@ def record(model: nn.Module, example_inputs: Any, *, grad: bool = False, trainin
         example_inputs: See :func:`call_model`; cloned, since models may change their inputs in place.
         grad: Whether the pass is differentiable.
         training: See :func:`evaluation`.
+        into: Filled as the pass goes on, so that it holds what ran before an error.
 
     Raises:
         TraceError: Too many operations.
     """
+    recording = into or Recording()
     leaves: dict[int, Value] = {}
-    by_name: dict[str, Value] = {}
+    by_name = recording.leaves
     for name, tensor in named_tensors(model):
         if id(tensor) not in leaves:
             leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name)
@@ -258,7 +267,7 @@ def record(model: nn.Module, example_inputs: Any, *, grad: bool = False, trainin
         if len(state.modules) > 1:
             state.modules.pop()
 
-    recorder = _Recorder(leaves, state)
+    recorder = _Recorder(leaves, state, recording.ops)
     inputs = map_tensors(torch.clone, example_inputs)
     with ExitStack() as stack:
         for handle in (
@@ -269,7 +278,7 @@ def record(model: nn.Module, example_inputs: Any, *, grad: bool = False, trainin
         stack.enter_context(evaluation(model, grad=grad, training=training))
         stack.enter_context(recorder)
         stack.enter_context(_Intents(state))
-        result = call_model(model, inputs)
+        recording.result = call_model(model, inputs)
     known = recorder.values
-    outputs = [known[id(t)] for t in output_tensors(result) if id(t) in known]
-    return Recording(recorder.ops, outputs, result, by_name)
+    recording.outputs = [known[id(t)] for t in output_tensors(recording.result) if id(t) in known]
+    return recording

@@ -13,9 +13,12 @@ ChannelScores = Mapping[str, Tensor] | Callable[[ChannelGroup, nn.Module], Tenso
 Reduction = Literal["mean", "max", "sum"]
 
 
-def named(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def fetch(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by name."""
+    owner, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def _per_channel(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
@@ -35,11 +38,12 @@ def score_norms(group: ChannelGroup, model: nn.Module, p: float = 2.0) -> Tensor
     Shape:
         Returns (group.size,), float64 on the CPU.
     """
-    tensors = named(model)
     total = torch.zeros(group.size, dtype=torch.float64)
     for name, axis in group.makers:
-        rows = _per_channel(tensors[name], axis, torch.from_numpy(group.positions(name, axis)))
-        total += torch.linalg.vector_norm(rows.double(), ord=p, dim=1).cpu() ** p
+        tensor = fetch(model, name).detach()
+        others = [a for a in range(tensor.dim()) if a != axis]
+        norms = torch.linalg.vector_norm(tensor, p, others) if others else tensor.abs()
+        total += (norms.double().cpu()[torch.from_numpy(group.positions(name, axis))] ** p).sum(dim=1)
     return total ** (1 / p)
 
 
@@ -62,12 +66,11 @@ def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction
     """
     from torch.nn.modules.batchnorm import _BatchNorm
 
-    modules, tensors = dict(model.named_modules()), named(model)
     scales = []
     for name, axis, _ in group.members:
         owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(modules[owner], _BatchNorm):
-            rows = _per_channel(tensors[name], axis, torch.from_numpy(group.positions(name, axis)))
+        if leaf == "weight" and isinstance(model.get_submodule(owner), _BatchNorm):
+            rows = _per_channel(fetch(model, name), axis, torch.from_numpy(group.positions(name, axis)))
             scales.append(rows.double().abs().mean(dim=1).cpu())
     if not scales:
         raise ConfigError(
@@ -98,10 +101,9 @@ def score_taylor(group: ChannelGroup, model: nn.Module) -> Tensor:
     Raises:
         ConfigError: A weight of the group has no gradient.
     """
-    tensors = named(model)
     total = torch.zeros(group.size, dtype=torch.float64)
     for name, axis in group.makers:
-        tensor = tensors[name]
+        tensor = fetch(model, name)
         if tensor.grad is None:
             raise ConfigError(f"{name} has no gradient, which Taylor scores need: run a backward pass first.")
         positions = torch.from_numpy(group.positions(name, axis))

@@ -55,11 +55,14 @@ class ChannelGraph:
         unseen: Parameters that no recorded operation used; they stay as they are.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, labels: Labels, grouping: Grouping) -> None:
+    def __init__(
+        self, model: nn.Module, example_inputs: Any, labels: Labels, grouping: Grouping, recordings: list[Recording]
+    ) -> None:
         self.model = model
         self.example_inputs = example_inputs
         self.labels = labels
         self.grouping = grouping
+        self.recordings = recordings
         self.training = False
         self.unseen: list[str] = []
         self.operations = 0
@@ -135,19 +138,19 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         except Exception:  # noqa: BLE001  (a training pass may need targets; what it would use stays whole)
             pass
         else:
-            labels = propagate(recordings, Labels())
+            propagate(recordings[1:], labels)
             unseen = _unseen(names, recordings)
-    graph = ChannelGraph(model, example_inputs, labels, make_groups(labels))
+    graph = ChannelGraph(model, example_inputs, labels, make_groups(labels), recordings)
     graph.training = len(recordings) > 1
     graph.unseen = unseen
     graph.operations = sum(len(r.ops) for r in recordings)
+    if graph.labels.suspects:
+        from lightning_prune.channels.follow import freeze_fixed_sizes
+
+        freeze_fixed_sizes(graph)
     return graph
 
 
 def _unseen(names: list[str], recordings: Sequence[Recording]) -> list[str]:
     return [n for n in names if all(r.leaves[n].factors is None for r in recordings if n in r.leaves)]
 
-
-def kept_labels(graph: ChannelGraph, kept: np.ndarray) -> np.ndarray:
-    """Whether each label stays, from whether each component stays."""
-    return kept[graph.grouping.component]

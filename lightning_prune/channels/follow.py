@@ -1,0 +1,251 @@
+"""Does the forward code follow a removal? Try it: shrink, run, compare every operation with what labels predict."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_prune.channels.groups import make_groups
+from lightning_prune.channels.labels import FIXED, Labels
+from lightning_prune.channels.recording import Op, Recording, record
+from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
+from lightning_prune.errors import PruneError
+
+if TYPE_CHECKING:
+    from lightning_prune.channels.plan import RemovalPlan
+    from lightning_prune.channels.trace import ChannelGraph
+
+MAX_TRIALS = 12
+
+
+@dataclass
+class Outcome:
+    """How the compact model's recording differs from the prediction.
+
+    Attributes:
+        index: Number of the first operation that differs, or None.
+        why: What differs there.
+        orders: New orders of kept indices, by (name, axis), where channels arrive shuffled.
+    """
+
+    index: int | None = None
+    why: str = ""
+    orders: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+
+
+class _ChildLabels(Labels):
+    """Labels of a compact model: its axes carry the labels that its parent's had, and whatever meets must agree."""
+
+    def __init__(self, graph: "ChannelGraph", plan: "RemovalPlan") -> None:
+        given: dict[str, list[np.ndarray]] = {}
+        self.slot_of = np.full(graph.labels.count, -1)
+        self.parent = graph.labels
+        for number, slot in enumerate(graph.labels.slots):
+            ids = np.arange(slot.base, slot.base + slot.size)
+            self.slot_of[ids] = number
+            keep = plan.keep.get(slot.name, {}).get(slot.axis)
+            axes = given.setdefault(slot.name, [])
+            axes += [np.zeros(1, dtype=np.int64)] * (slot.axis + 1 - len(axes))
+            axes[slot.axis] = ids if keep is None else ids[keep]
+        for name, tensor in named_tensors(graph.model).items():
+            axes = given.setdefault(name, [])
+            axes += [np.zeros(n, dtype=np.int64) for n in tensor.shape[len(axes) :]]
+        super().__init__(given)
+        self.component = graph.grouping.component.copy()
+        self.component[FIXED] = -1
+        self.removable = graph.grouping.removable
+        self.used: set[int] = set()
+        self.bad: list[Op] = []
+        self.orders: dict[tuple[str, int], list[int]] = {}
+
+    def unify(self, a: np.ndarray, b: np.ndarray) -> None:
+        if a is b:
+            return
+        a, b = a.reshape(-1), b.reshape(-1)
+        left, right = self.component[a], self.component[b]
+        if a.shape == b.shape and (left == right).all():
+            self._mark(a, b)
+            return
+        assert self.op is not None
+        if a.shape != b.shape or not self._reorder(a, right) and not self._reorder(b, left):
+            one_fixed = a.shape == b.shape and not self._removable(a[left != right]) and not self._removable(b[left != right])
+            if not one_fixed:
+                self.bad.append(self.op)
+        self._mark(a, b)
+
+    def _removable(self, ids: np.ndarray) -> bool:
+        ids = ids[ids != FIXED]
+        return bool(ids.size and self.removable[self.component[ids]].any())
+
+    def _mark(self, *arrays: np.ndarray) -> None:
+        for array in arrays:
+            if array.size and array[0] != FIXED:
+                self.used.add(int(self.slot_of[array[0]]))
+
+    def _reorder(self, ids: np.ndarray, wanted: np.ndarray) -> bool:
+        """Put an axis that nothing has met yet into the order in which its channels arrive."""
+        number = int(self.slot_of[ids[0]])
+        if number < 0 or number in self.used:
+            return False
+        slot = self.parent.slots[number]
+        own = self.given[slot.name][slot.axis]  # type: ignore[index]
+        if own.shape != ids.shape or (np.sort(own) != np.sort(ids)).any():
+            return False
+        have = np.argsort(self.component[own], kind="stable")
+        want = np.argsort(wanted, kind="stable")
+        if (self.component[own][have] != wanted[want]).any():
+            return False
+        order = np.empty(len(own), dtype=np.int64)
+        order[want] = own[have]
+        own[...] = order  # in place: every label array of this axis is a view of it
+        self.orders[slot.name, slot.axis] = (order - slot.base).tolist()
+        return True
+
+
+def run_child(graph: "ChannelGraph", plan: "RemovalPlan") -> tuple[Recording, str | None]:
+    """Record the model as the plan would leave it, with its own values. The model is as it was afterwards.
+
+    Returns:
+        The recording, cut short at an error, and the error.
+    """
+    tensors = named_tensors(graph.model)
+    small = {name: take(tensors[name], axes) for name, axes in plan.keep.items()}
+    recording = Recording()
+    before = set_attributes(graph.model, plan.attributes)
+    try:
+        with substituted(graph.model, small):
+            record(graph.model, graph.example_inputs, into=recording)
+    except Exception as error:  # noqa: BLE001  (whatever the forward code raises is the answer)
+        return recording, f"{type(error).__name__}: {error}"
+    finally:
+        set_attributes(graph.model, before)
+    return recording, None
+
+
+def examine(graph: "ChannelGraph", plan: "RemovalPlan", stays: np.ndarray) -> Outcome:
+    """Run the compact model and hold each of its operations against the parent's.
+
+    Args:
+        graph: The traced parent.
+        plan: What leaves.
+        stays: Whether each label stays.
+    """
+    from lightning_prune.channels.trace import propagate
+
+    parent = graph.recordings[0]
+    child, error = run_child(graph, plan)
+    outcome = Outcome()
+    cache: dict[int, int] = {}
+    for index, (one, other) in enumerate(zip(parent.ops, child.ops, strict=False)):
+        difference = _differs(one, other, stays, cache)
+        if difference:
+            outcome.index, outcome.why = index, difference
+            break
+    else:
+        if error or len(parent.ops) != len(child.ops):
+            outcome.index = min(len(child.ops), len(parent.ops) - 1)
+            outcome.why = error or "another number of operations ran"
+    labels = _ChildLabels(graph, plan)
+    child.ops = child.ops[: outcome.index] if outcome.index is not None else child.ops
+    propagate([child], labels)
+    if labels.bad:
+        first = next(i for i, op in enumerate(child.ops) if op is labels.bad[0])
+        if outcome.index is None or first < outcome.index:
+            outcome.index, outcome.why = first, "channels meet in another order or number"
+    outcome.orders = labels.orders
+    return outcome
+
+
+def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) -> str:
+    if parent.name != child.name:
+        return f"{child.name} ran in the place of {parent.name}"
+    for one, other in zip(parent.outs, child.outs, strict=False):
+        if len(one.shape) != len(other.shape):
+            return f"{parent.name} gave {other.shape}"
+        left = set(range(len(one.shape)))
+        for factor in one.factors or []:
+            axes = [a for a, n in enumerate(factor.shape) if n > 1]
+            left -= set(axes)
+            if id(factor) not in cache:
+                cache[id(factor)] = int(stays[factor].sum())
+            if int(np.prod([other.shape[a] for a in axes])) != cache[id(factor)]:
+                return f"{parent.name} gave {other.shape} where {cache[id(factor)]} channels were expected"
+        wild = one.wild
+        if any(one.shape[a] != other.shape[a] for a in left if a not in wild):
+            return f"{parent.name} gave {other.shape} for {one.shape}, along an axis that should not change"
+    return ""
+
+
+def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
+    """Freeze channels whose sizes the forward code holds fixed, found by trying to remove half of them.
+
+    Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or takes
+    another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
+    """
+    for trial in range(MAX_TRIALS):
+        kept = _trial(graph)
+        if kept is None:
+            return
+        from lightning_prune.channels.plan import make_plan
+
+        stays = kept[graph.grouping.component]
+        stays[FIXED] = True
+        try:
+            outcome = examine(graph, make_plan(graph, kept), stays)
+        except PruneError as error:
+            outcome = Outcome(0, str(error))
+        if outcome.index is None:
+            return
+        op = graph.recordings[0].ops[outcome.index]
+        _freeze_at(graph, op, outcome.why, everything=trial == MAX_TRIALS - 1)
+        graph.grouping = make_groups(graph.labels)
+
+
+def _trial(graph: "ChannelGraph") -> np.ndarray | None:
+    """Components that stay when every group that passes a spelled-out size loses half; None if there is none."""
+    from lightning_prune.channels.budget import LEVELS, Family, families
+
+    grouping = graph.grouping
+    touched: set[int] = set()
+    for array, _ in graph.labels.suspects:
+        numbers = grouping.group_of[grouping.component[array[array != FIXED]]]
+        touched.update(np.unique(numbers[numbers >= 0]).tolist())
+    widths = {g: max(1, graph.groups[g].size // 2) for g in touched if not graph.groups[g].tied}
+    for members in families(graph):
+        if touched & set(members):
+            family = Family(graph, members, 1)
+            widths.update(zip(members, family.state(LEVELS // 2).tolist(), strict=True))
+    if all(n == graph.groups[g].size for g, n in widths.items()):
+        return None
+    kept = np.ones(len(grouping.removable), dtype=bool)
+    for g, n in widths.items():
+        kept[graph.groups[g].channels[n:]] = False
+    return kept
+
+
+def _freeze_at(graph: "ChannelGraph", op: Op, why: str, everything: bool) -> None:
+    """Freeze what an operation that did not follow touches; likewise in every other module of that kind."""
+    labels, grouping = graph.labels, graph.grouping
+    modules = dict(graph.model.named_modules())
+    kind = type(modules.get(op.module))
+    near = set()
+    for value in [*op.tensors(), *op.outs]:
+        for factor in value.factors or []:
+            near.update(np.unique(grouping.component[factor[factor != FIXED]]).tolist())
+    near = {c for c in near if grouping.removable[c]}
+    hit = []
+    for array, suspect in labels.suspects:
+        comps = grouping.component[array[array != FIXED]]
+        if not grouping.removable[comps].any():
+            continue
+        same = suspect.module == op.module or type(modules.get(suspect.module)) is kind
+        if everything or (same and op.module) or near & set(np.unique(comps).tolist()):
+            hit.append(array)
+    reason = f"the forward code holds its size fixed ({why[:160]})"
+    labels.op = op
+    if not hit and near:
+        hit = [np.flatnonzero(np.isin(grouping.component, list(near)))]
+    if not hit:  # nothing of what was tried is near: none of it can be trusted
+        hit = [array for array, _ in labels.suspects]
+    labels.freeze(hit, reason)
+    labels.op = None
