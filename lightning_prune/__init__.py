@@ -25,6 +25,7 @@ from lightning_prune.errors import (
     ResumeError,
     SelectionError,
     TraceError,
+    WriteError,
 )
 from lightning_prune.masks import MaskSet, prunable_parameters
 from lightning_prune.record import RunRecord
@@ -55,6 +56,7 @@ __all__ = [
     "TraceError",
     "TrainTime",
     "WeightRewind",
+    "WriteError",
     "load_ticket",
     "prunable_parameters",
     "save_ticket",
