@@ -184,8 +184,15 @@ class ImageClassifier(LightningModule):
             )
         if self.interval == "step":
             return self.scheduler.build(optimizer, int(steps))
-        epoch = -(-self.trainer.num_training_batches // self.trainer.accumulate_grad_batches)
-        return self.scheduler.build(optimizer, -(-int(steps) // int(epoch)))
+        self.trainer.fit_loop.setup_data()  # with max_steps alone, Lightning has not asked for the data yet
+        batches = self.trainer.num_training_batches
+        if batches == float("inf"):
+            raise ConfigError(
+                f"{type(self.scheduler).__name__} by epochs: the training data has epochs of unknown length; use "
+                "interval='step'."
+            )
+        epoch = -(-int(batches) // self.trainer.accumulate_grad_batches)
+        return self.scheduler.build(optimizer, -(-int(steps) // epoch))
 
     def _check_multiplies(self, scheduler: LRScheduler | ReduceLROnPlateau) -> None:
         if isinstance(scheduler, _MULTIPLYING) or (isinstance(scheduler, CosineAnnealingLR) and scheduler.eta_min == 0):
