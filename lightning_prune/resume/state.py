@@ -269,6 +269,10 @@ class ResumeState:
             )
         current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         current.ready = current.started = current.processed = current.completed = batches
+        if self.trainer.lightning_module.automatic_optimization:
+            # Lightning does so at an accumulation's first batch, which may be among those left out
+            for optimizer in self.trainer.optimizers:
+                optimizer.zero_grad()
 
     # going on from a checkpoint
 
