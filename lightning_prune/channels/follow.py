@@ -176,18 +176,50 @@ def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) ->
     return ""
 
 
+def settle(graph: "ChannelGraph", plan: "RemovalPlan", widths: np.ndarray) -> np.ndarray:
+    """Adjust bound widths to what the compact model's own wiring makes of them.
+
+    Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. The
+    compact model is therefore traced as a network of its own; its groups have the same keys as the parent's, and their
+    sizes are the widths that fit.
+
+    Args:
+        graph: The traced parent.
+        plan: A removal with about the right widths.
+        widths: Channels kept of each group, in that plan.
+
+    Returns:
+        Widths; as given if the compact model does not run.
+    """
+    from lightning_prune.channels.trace import propagate
+
+    child, error = run_child(graph, plan)
+    if error:
+        return widths
+    sizes = {group.key: group.size for group in make_groups(propagate([child], Labels())).groups}
+    found = widths.copy()
+    for number, group in enumerate(graph.groups):
+        if group.tied:
+            found[number] = min(sizes.get(group.key, 0), group.size)
+    return found
+
+
 def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
     """Freeze channels whose sizes the forward code holds fixed, found by trying to remove half of them.
 
     Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or takes
     another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
     """
-    for trial in range(MAX_TRIALS):
-        kept = _trial(graph)
-        if kept is None:
-            return
-        from lightning_prune.channels.plan import make_plan
+    from lightning_prune.channels.plan import choose, make_plan
 
+    for trial in range(MAX_TRIALS):
+        blank = [np.zeros(group.size) for group in graph.groups]
+        widths = _trial(graph)
+        if widths is None:
+            return
+        kept = choose(graph, blank, widths)
+        if graph.labels.reordered and any(group.tied for group in graph.groups):
+            kept = choose(graph, blank, settle(graph, make_plan(graph, kept), widths))
         stays = kept[graph.grouping.component]
         stays[FIXED] = True
         try:
@@ -202,7 +234,7 @@ def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
 
 
 def _trial(graph: "ChannelGraph") -> np.ndarray | None:
-    """Components that stay when every group that passes a spelled-out size loses half; None if there is none."""
+    """Widths when every group that passes a spelled-out size loses half; None if there is none."""
     from lightning_prune.channels.budget import LEVELS, Family, families
 
     grouping = graph.grouping
@@ -217,10 +249,7 @@ def _trial(graph: "ChannelGraph") -> np.ndarray | None:
             widths.update(zip(members, family.state(LEVELS // 2).tolist(), strict=True))
     if all(n == graph.groups[g].size for g, n in widths.items()):
         return None
-    kept = np.ones(len(grouping.removable), dtype=bool)
-    for g, n in widths.items():
-        kept[graph.groups[g].channels[n:]] = False
-    return kept
+    return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)])
 
 
 def _freeze_at(graph: "ChannelGraph", op: Op, why: str, everything: bool) -> None:

@@ -18,6 +18,7 @@ class ChannelGroup:
         channels: Component number of each channel, in the order of the layer that makes them.
         members: Parameters and buffers that shrink, as (name, axis, entries for each channel).
         makers: The (name, axis) pairs among the members that make the channel; the others read it or go along.
+        key: Identifies the group among traces of the same code at different widths.
         tied: Whether its width is bound to other groups' (halves of a chunk, groups of a shuffle).
     """
 
@@ -26,6 +27,7 @@ class ChannelGroup:
     channels: np.ndarray
     members: list[tuple[str, int, int]]
     makers: list[tuple[str, int]]
+    key: int = 0
     tied: bool = False
     _slots: dict[tuple[str, int], np.ndarray] = field(default_factory=dict, repr=False)
 
@@ -124,10 +126,12 @@ def _slot_of(labels: Labels) -> np.ndarray:
     return index
 
 
-def _row_matrices(labels: Labels, component: np.ndarray, removable: np.ndarray) -> list[tuple[np.ndarray, Op]]:
+def _row_matrices(
+    labels: Labels, component: np.ndarray, removable: np.ndarray
+) -> list[tuple[np.ndarray, Op, tuple[int, int]]]:
     """Balance demands that are not met by themselves: (rows, entries) of components, -1 for what never leaves."""
     found = []
-    for array, op in labels.balanced:
+    for number, (array, op) in enumerate(labels.balanced):
         sizes = [n for n in array.shape if n > 1]
         comps = np.where(array == FIXED, -1, component[array])
         comps = np.where((comps >= 0) & removable[comps], comps, -1)
@@ -136,17 +140,19 @@ def _row_matrices(labels: Labels, component: np.ndarray, removable: np.ndarray) 
             ordered = np.sort(rows, axis=1)
             if (ordered == ordered[:1]).all() or (ordered[:, :1] == ordered[:, -1:]).all():
                 continue
-            found.append((rows, op))
+            found.append((rows, op, (number, level)))
     return found
 
 
-def _freeze_unbalanced(rows_list: list[tuple[np.ndarray, Op]], removable: np.ndarray) -> dict[int, Op]:
+def _freeze_unbalanced(
+    rows_list: list[tuple[np.ndarray, Op, tuple[int, int]]], removable: np.ndarray
+) -> dict[int, Op]:
     """A row that cannot shrink keeps the others whole: components to freeze, with the operation that demands it."""
     lost: dict[int, Op] = {}
     changed = True
     while changed:
         changed = False
-        for rows, op in rows_list:
+        for rows, op, _ in rows_list:
             free = (rows >= 0) & removable[rows]
             if free.any() and not free.any(axis=1).all():
                 for c in np.unique(rows[free]):
@@ -183,9 +189,9 @@ def make_groups(labels: Labels, always: dict[str, str] | None = None) -> Groupin
     random = np.random.default_rng(0)
     slot_keys = random.integers(1, 2**63, size=len(labels.slots) + 1, dtype=np.uint64)
     hashes = _hashes(component, np.where(slot_of >= 0, slot_keys[slot_of], 0).astype(np.uint64), count)
-    rows_list = [(rows, op) for rows, op in rows_list if ((rows >= 0) & removable[rows]).any()]
-    for rows, _ in rows_list:
-        row_keys = random.integers(1, 2**63, size=len(rows), dtype=np.uint64)
+    rows_list = [entry for entry in rows_list if ((entry[0] >= 0) & removable[entry[0]]).any()]
+    for rows, _, number in rows_list:
+        row_keys = np.random.default_rng(number).integers(1, 2**63, size=len(rows), dtype=np.uint64)
         flat, keys = rows.ravel(), np.repeat(row_keys, rows.shape[1])
         np.add.at(hashes, flat[flat >= 0], keys[flat >= 0])
     groups, group_of = _collect_groups(labels, component, removable, hashes, slot_of)
@@ -214,6 +220,7 @@ def _collect_groups(
     for g in range(len(first)):
         own = ids[by_group[bounds[g] : bounds[g + 1]]]
         group = _one_group(labels, component, own, slot_of, issued)
+        group.key = int(hashes[group.channels[0]])
         names[group.name] = names.get(group.name, 0) + 1
         if names[group.name] > 1:
             group.name += f" ({names[group.name]})"
@@ -247,10 +254,13 @@ def _one_group(
 
 
 def _balances(
-    rows_list: list[tuple[np.ndarray, Op]], removable: np.ndarray, group_of: np.ndarray, groups: list[ChannelGroup]
+    rows_list: list[tuple[np.ndarray, Op, tuple[int, int]]],
+    removable: np.ndarray,
+    group_of: np.ndarray,
+    groups: list[ChannelGroup],
 ) -> list[Balance]:
     balances = []
-    for rows, op in rows_list:
+    for rows, op, _ in rows_list:
         matrix = np.zeros((len(rows), len(groups)))
         fixed = np.zeros(len(rows))
         for r, row in enumerate(rows):

@@ -64,6 +64,7 @@ class Labels:
         self.products: list[Product] = []
         self.grouped: list[tuple[str, str, np.ndarray, int]] = []
         self.reordered = False
+        self.interleaved: dict[int, tuple[np.ndarray, int]] = {}  # by identity: array, how many rows are interleaved
         self.op: Op | None = None
         self._leaves: dict[str, list[np.ndarray]] = {}
 
@@ -72,6 +73,10 @@ class Labels:
         if value.factors is None:
             value.factors = self._leaf(value) if value.name is not None else []
         return value.factors
+
+    def known(self, name: str) -> list[np.ndarray]:
+        """The label arrays that a parameter or buffer has by now."""
+        return self._leaves.get(name, [])
 
     def _leaf(self, value: Value) -> list[np.ndarray]:
         assert value.name is not None
@@ -148,6 +153,19 @@ class Labels:
         """Note that the operation's sizes were written out in Python, which may not follow a removal."""
         assert self.op is not None
         self.suspects.append((factor.ravel(), self.op))
+
+    def balance_pieces(self, factor: np.ndarray, axis: int, pieces: Sequence[np.ndarray]) -> None:
+        """Demand that equal pieces of an axis stay equally long.
+
+        Where the axis interleaves several rows (a shuffle), each piece must also hold equally many of each row: the code
+        cuts by position, so what lies in a piece depends on it.
+        """
+        assert self.op is not None
+        self.balanced.append((np.stack([np.moveaxis(p, axis, 0).ravel() for p in pieces]), self.op))
+        _, rows = self.interleaved.get(id(factor), (factor, 1))
+        if rows > 1 and len(span(factor)) == 1 and all(p.size % rows == 0 for p in pieces):
+            for piece in pieces:
+                self.balanced.append((piece.reshape(-1, rows).T, self.op))
 
     def product(self, sizes: Sequence[int], factors: Sequence[np.ndarray]) -> None:
         """Note the multiply-adds of an index space; wider label arrays stand for narrower ones on the same axes."""

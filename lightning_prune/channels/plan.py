@@ -126,6 +126,10 @@ def plan_removal(
     kept = choose(graph, values, widths)
     plan = make_plan(graph, kept, costs)
     if graph.labels.reordered and any(group.tied for group in graph.groups):
+        from lightning_prune.channels.follow import settle
+
+        kept = choose(graph, values, settle(graph, plan, widths))
+        plan = make_plan(graph, kept, costs)
         _put_in_order(graph, plan, kept)
     return plan
 

@@ -118,11 +118,15 @@ class _Recorder(TorchDispatchMode):
         # The arguments are converted first: an operation that resizes in place would hide what it was given.
         recorded_args = tuple([self.convert(a) for a in args])
         recorded_kwargs = {k: self.convert(v) for k, v in kwargs.items()} if kwargs else kwargs
-        out = func(*args, **kwargs)
         name = self.names.get(func)
         if name is None:
             name = func._schema.name.removeprefix("aten::")
             self.names[func] = name
+        try:
+            out = func(*args, **kwargs)
+        except Exception:  # kept, so that what it would have read is known
+            self.ops.append(Op(f"{name} (failed)", recorded_args, recorded_kwargs, [], self.state.modules[-1], None))
+            raise
         outs: list[Value] = []
         if isinstance(out, Tensor):
             outs.append(self.value(out))

@@ -133,12 +133,16 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     names = [name for name, _ in model.named_parameters()]
     unseen = _unseen(names, recordings)
     if unseen:
+        second = Recording()
         try:
-            recordings.append(record(model, example_inputs, training=True))
-        except Exception:  # noqa: BLE001  (a training pass may need targets; what it would use stays whole)
-            pass
+            record(model, example_inputs, training=True, into=second)
+        except Exception:  # noqa: BLE001  (it may need targets or larger inputs; what it was reading then stays whole)
+            propagate([second], labels)
+            for name in unseen:
+                labels.freeze(labels.known(name), "only training reads it, which did not run with these inputs")
         else:
-            propagate(recordings[1:], labels)
+            recordings.append(second)
+            propagate([second], labels)
             unseen = _unseen(names, recordings)
     graph = ChannelGraph(model, example_inputs, labels, make_groups(labels), recordings)
     graph.training = len(recordings) > 1

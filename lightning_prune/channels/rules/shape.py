@@ -119,6 +119,8 @@ def _through(
         if len(axes) > 1 and len(axes) > touched_count:
             assert labels.op is not None
             labels.balanced.append((moved, labels.op))
+    if id(factor) in labels.interleaved and len(span(moved)) == 1:
+        labels.interleaved[id(moved)] = (moved, labels.interleaved[id(factor)][1])
     if not set(span(moved)) <= free:
         labels.suspect(moved)
     return moved
@@ -141,8 +143,10 @@ def permute(labels: Labels, op: Op) -> None:
     moved = []
     for factor in labels.factors(x):
         places = [order.index(a) for a in span(factor)]
-        labels.reordered |= places != sorted(places)
         moved.append(factor.transpose(order))
+        if places != sorted(places):
+            labels.reordered = True
+            labels.interleaved[id(moved[-1])] = (moved[-1], moved[-1].shape[max(places)])
     out.factors = moved
 
 
@@ -251,8 +255,7 @@ def split(labels: Labels, op: Op) -> None:
             if len(set(sizes)) > 1:
                 labels.freeze(factor, "it is split into pieces of fixed sizes")
             else:
-                assert labels.op is not None
-                labels.balanced.append((np.stack([p.ravel() for p in pieces]), labels.op))
+                labels.balance_pieces(factor, axis, pieces)
                 if op.intent is None or op.intent[0] not in _SIZE_FREE:
                     labels.suspect(factor)
         for out, piece in zip(op.outs, pieces, strict=True):
@@ -276,9 +279,7 @@ def slice_(labels: Labels, op: Op) -> None:
             out.factors.append(factor)
             continue
         if step == 1 and length and size % length == 0 and start % length == 0:
-            rows = np.moveaxis(factor, axis, 0).reshape(size // length, -1)
-            assert labels.op is not None
-            labels.balanced.append((rows, labels.op))
+            labels.balance_pieces(factor, axis, np.split(factor, size // length, axis=axis))
             labels.suspect(factor)
             out.factors.append(np.take(factor, range(start, start + length), axis=axis))
         else:
@@ -416,4 +417,6 @@ def channel_shuffle(labels: Labels, op: Op) -> None:
         assert labels.op is not None
         labels.balanced.append((table, labels.op))
         labels.reordered = True
-        out.factors = [table.T.reshape((1, -1) + (1,) * (len(out.shape) - 2))]
+        mixed = table.T.reshape((1, -1) + (1,) * (len(out.shape) - 2))
+        labels.interleaved[id(mixed)] = (mixed, len(table))
+        out.factors = [mixed]
