@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_prune.channels.trace import ChannelGraph
 
 MAX_TRIALS = 12
+MAX_FITS = 24
 
 
 @dataclass
@@ -176,32 +177,63 @@ def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) ->
     return ""
 
 
-def settle(graph: "ChannelGraph", plan: "RemovalPlan", widths: np.ndarray) -> np.ndarray:
+def fit_shuffled(graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
     """Adjust bound widths to what the compact model's own wiring makes of them.
 
     Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. The
     compact model is therefore traced as a network of its own; its groups have the same keys as the parent's, and their
-    sizes are the widths that fit.
+    sizes are the widths that fit. Where the parent has too few channels of a kind, the next narrower width is tried.
 
     Args:
         graph: The traced parent.
-        plan: A removal with about the right widths.
-        widths: Channels kept of each group, in that plan.
+        widths: Channels kept of each group, as the budget would have it.
+        values: Scores of each group's channels.
 
     Returns:
-        Widths; as given if the compact model does not run.
+        Widths that fit, at most as wide in sum.
     """
+    from lightning_prune.channels.budget import LEVELS, Family, families
+    from lightning_prune.channels.plan import choose, make_plan
+
+    bound = [Family(graph, members, 1) for members in families(graph)]
+    levels = [LEVELS] * len(bound)
+    found = widths = widths.copy()
+    for _ in range(MAX_FITS):
+        found, unfit = _settle(graph, make_plan(graph, choose(graph, values, widths)), widths)
+        if not unfit:
+            return found
+        for number, family in enumerate(bound):
+            if not unfit & set(family.members.tolist()):
+                continue
+            now = widths[family.members].sum()
+            while levels[number] > 1 and family.state(levels[number]).sum() >= now:
+                levels[number] -= 1
+            narrower = family.state(levels[number])
+            widths[family.members] = narrower if narrower.sum() < now else family.state(LEVELS)
+    return found
+
+
+def _settle(graph: "ChannelGraph", plan: "RemovalPlan", widths: np.ndarray) -> tuple[np.ndarray, set[int]]:
+    """Widths by the compact model's own groups, and the numbers of groups of which the parent has too few."""
     from lightning_prune.channels.trace import propagate
 
     child, error = run_child(graph, plan)
     if error:
-        return widths
-    sizes = {group.key: group.size for group in make_groups(propagate([child], Labels())).groups}
-    found = widths.copy()
+        return widths, set()
+    groups = {group.key: group for group in make_groups(propagate([child], Labels())).groups}
+    found, unfit = widths.copy(), set()
+    owners: dict[tuple[str, int], int] = {}
     for number, group in enumerate(graph.groups):
-        if group.tied:
-            found[number] = min(sizes.get(group.key, 0), group.size)
-    return found
+        if not group.tied:
+            continue
+        own = groups.pop(group.key, None)
+        found[number] = 0 if own is None else min(own.size, group.size)
+        if own is not None and own.size > group.size:
+            unfit.add(number)
+        owners.update({(name, axis): number for name, axis, _ in group.members})
+    for group in groups.values():  # kinds of channels that the parent does not have
+        unfit |= {owners[name, axis] for name, axis, _ in group.members if (name, axis) in owners and group.tied}
+    return found, unfit
 
 
 def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
@@ -217,9 +249,9 @@ def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
         widths = _trial(graph)
         if widths is None:
             return
-        kept = choose(graph, blank, widths)
         if graph.labels.reordered and any(group.tied for group in graph.groups):
-            kept = choose(graph, blank, settle(graph, make_plan(graph, kept), widths))
+            widths = fit_shuffled(graph, widths, blank)
+        kept = choose(graph, blank, widths)
         stays = kept[graph.grouping.component]
         stays[FIXED] = True
         try:

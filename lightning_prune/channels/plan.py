@@ -123,13 +123,14 @@ def plan_removal(
     costs = CostModel(graph)
     ranked = [np.sort(v) for v in values] if scope == "global" else None
     widths = search(graph, budget, costs, round_to, min_channels, ranked)
+    shuffled = graph.labels.reordered and any(group.tied for group in graph.groups)
+    if shuffled:
+        from lightning_prune.channels.follow import fit_shuffled
+
+        widths = fit_shuffled(graph, widths, values)
     kept = choose(graph, values, widths)
     plan = make_plan(graph, kept, costs)
-    if graph.labels.reordered and any(group.tied for group in graph.groups):
-        from lightning_prune.channels.follow import settle
-
-        kept = choose(graph, values, settle(graph, plan, widths))
-        plan = make_plan(graph, kept, costs)
+    if shuffled:
         _put_in_order(graph, plan, kept)
     return plan
 
