@@ -73,7 +73,21 @@ def compact(
     checked = time.perf_counter()
     carry_out(plan, model, optimizers)
     done = time.perf_counter()
+    remember(model, plan)
     return CompactReport(dict(plan.costs), error, dtype, checked - start, done - checked, list(plan.groups))
+
+
+_PLANS = "_lightning_prune_plans"
+
+
+def plans_of(model: nn.Module) -> list[RemovalPlan]:
+    """The plans carried out on this model so far, in order."""
+    return list(vars(model).get(_PLANS, ()))
+
+
+def remember(model: nn.Module, plan: RemovalPlan) -> None:
+    """Note on the model that a plan was carried out; a plain attribute that copies along and is no state."""
+    vars(model)[_PLANS] = [*plans_of(model), plan]
 
 
 def verify(model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = (0, 1, 2)) -> tuple[float, str]:
