@@ -193,12 +193,10 @@ class Pool:
                 mask.copy_(torch.gt(values, high, out=torch.empty_like(values)))
                 if low < high:
                     inside = torch.ge(values, low, out=torch.empty_like(values)).to(torch.bool).logical_xor_(mask)
+                    index = _positions(inside if kept is None else inside.logical_and_(kept))
+                    found.append((mask, index, values[index].cpu()))
                 if kept is not None:
                     mask.logical_and_(kept)
-                    inside.logical_and_(kept)
-                if low < high:
-                    index = _positions(inside)
-                    found.append((mask, index, values[index].cpu()))
         return masks, found
 
     def _keep_first_equals(self, masks: Mapping[str, Tensor], bound: float | int, keep: int) -> None:

@@ -189,13 +189,9 @@ def _check_rule(counting: str, groups: list[_Group]) -> None:
     takes = RULES[counting].takes
     for group in groups:
         if group.kind != takes and not group.protected:
+            hint = "; rates of their own other than 0 are fractions." if takes == "density" else "."
             raise ConfigError(
-                f"counting={counting!r} starts from {takes}=, got a {group.kind} for {group.names[0]!r}; "
-                + (
-                    "rates of their own other than 0 are fractions."
-                    if takes == "density"
-                    else f"give {takes}= instead."
-                )
+                f"counting={counting!r} starts from {takes}=, got a {group.kind} for {group.names[0]!r}{hint}"
             )
 
 
