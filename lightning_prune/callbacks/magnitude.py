@@ -18,9 +18,10 @@ from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_sched
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.checkpoint import load_ticket
+from lightning_prune.counting import RULES
 from lightning_prune.errors import ConfigError, MaskMismatchError, PruneError, ResumeError
 from lightning_prune.masks import MaskSet
-from lightning_prune.prunable import matching, prunable_parameters
+from lightning_prune.prunable import close_names, matching, prunable_parameters
 from lightning_prune.resume import ResumeState
 from lightning_prune.scores import MagnitudeScores, score_weights
 from lightning_prune.selection import select
@@ -113,6 +114,8 @@ class IterativeMagnitudePruner(Callback):
             raise ConfigError(f"rounds={rounds!r}: expected the number of cuts, an integer of at least 1.")
         if scope not in ("global", "layer"):
             raise ConfigError(f"scope={scope!r} is unknown; choose 'global' or 'layer'.")
+        if counting != "exact" and counting not in RULES:
+            raise ConfigError(f"counting={counting!r} is unknown{close_names(str(counting), ['exact', *RULES])}")
         if control not in CONTROLS:
             raise ConfigError(f"control={control!r} is unknown; choose None or 'random_pruning'.")
         if mode not in (None, "min", "max"):
@@ -184,7 +187,7 @@ class IterativeMagnitudePruner(Callback):
             matching(pattern, self._parameters, "rates")
         schedule.start(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LRRewind) and callback.check_length:
+            if isinstance(callback, LRRewind) and callback.check_length and not trainer.fast_dev_run:
                 check_schedule_length(trainer, schedule.total_steps, schedule.epochs)
         self._check_frequencies(trainer)
         self._enforcer.attach(
@@ -279,9 +282,11 @@ class IterativeMagnitudePruner(Callback):
     def _choose(self, before: MaskSet, round: int) -> MaskSet:  # noqa: A002
         if self.masks_from is not None:
             return self._masks_of_ticket(before, round)
+        by_density = self.counting != "exact" and RULES[self.counting].takes == "density"
         masks = select(
             MagnitudeScores(self._parameters),
-            fraction=self.fraction,
+            density=(1 - self.fraction) ** round if by_density else None,
+            fraction=None if by_density else self.fraction,
             scope=self.scope,
             within=before,
             rates=self.rates or None,

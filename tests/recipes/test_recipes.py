@@ -1,0 +1,90 @@
+"""Every recipe is read, its classes are built, and it trains a few batches."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import IterativeMagnitudePruner, MaskSet, Ticket, prunable_parameters, save_ticket
+from lightning_prune.cli import PruneCLI
+from lightning_prune.experiments import LeNet300100
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+class RandomImages(LightningDataModule):
+    """Noise in the shape of a recipe's data, so that the recipe runs where the data is not."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, watch_test: bool) -> None:
+        super().__init__()
+        self.shape, self.num_classes, self.watch_test = shape, num_classes, watch_test
+
+    def _loader(self, n: int) -> DataLoader:
+        x, y = torch.randn(n, *self.shape), torch.randint(self.num_classes, (n,))
+        return DataLoader(TensorDataset(x, y), 4)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(24)
+
+    def val_dataloader(self) -> Any:
+        return [self._loader(4), self._loader(4)] if self.watch_test else self._loader(4)
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(4)
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 6
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_header_says_what_paper_command_and_result(path: Path) -> None:
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    for part in ("What:", "Paper:", "Command:"):
+        assert part in text, part
+    assert f"recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in text
+
+
+@pytest.mark.filterwarnings("ignore:.*ends before a round does")
+@pytest.mark.filterwarnings("ignore:.*was not logged in validation")
+@pytest.mark.filterwarnings("ignore:.*num_workers.*")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipe_trains_a_few_batches(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-prune"])
+    recipe = yaml.safe_load(path.read_text())
+    pruner = recipe["trainer"]["callbacks"][0]["init_args"]
+    if "masks_from" in pruner:
+        network = torch.nn.ModuleDict({"network": LeNet300100()})
+        masks = MaskSet({n: torch.rand_like(p) > 0.5 for n, p in prunable_parameters(network).items()})
+        for number in range(1, pruner["rounds"] + 1):
+            ticket = Ticket(masks, dict(network.named_parameters()), {"round": number})
+            save_ticket(Path(pruner["masks_from"]) / "tickets" / f"round-{number:02d}.safetensors", ticket)
+    classes = recipe["model"]["init_args"].get("num_classes", 10)
+    name = recipe["data"]["class_path"].rsplit(".", 1)[1]
+    shape = {"Digits": (1, 8, 8), "MNIST": (1, 28, 28), "CIFAR10": (3, 32, 32), "ImageFolders": (3, 64, 64)}[name]
+    watch = recipe["data"].get("init_args", {}).get("watch_test", False)
+    options = ["--trainer.fast_dev_run=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    options += ["--trainer.enable_model_summary=false", "--trainer.precision=32-true"]
+    cli = PruneCLI(
+        run=False,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        args=["--config", str(path), *options],
+    )
+    found = next(c for c in cli.trainer.callbacks if isinstance(c, IterativeMagnitudePruner))
+    cli.trainer.fit(cli.model, datamodule=RandomImages(shape, classes, watch))
+    assert found.masks is not None
+    assert cli.trainer.global_step == pruner["rounds"] + 1
+    left = found.masks.density
+    assert left < 0.9
+    weights = {n: p for n, p in cli.model.named_parameters() if n in found.masks}
+    assert all(not weights[n][~mask].any() for n, mask in found.masks.items())
