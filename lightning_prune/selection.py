@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Real
@@ -104,10 +104,7 @@ class _Group:
     names: list[str]
     kind: str
     amount: Fraction
-
-    @property
-    def protected(self) -> bool:
-        return self.kind == "fraction" and self.amount == 0
+    protected: bool = False  # by a rate of 0: no counting rule takes any of it
 
 
 def _exact_count(group: _Group, field: Competition) -> int:
@@ -179,9 +176,10 @@ def _groups(
     together: list[_Group] = [_Group([name for name in names if name not in owner], kind, amount)]
     for pattern, rate in rates.items():
         members = [name for name in names if owner.get(name) == pattern]
-        together.append(_Group(members, "fraction", _portion(rate, f"rates[{pattern!r}]")))
+        portion = _portion(rate, f"rates[{pattern!r}]")
+        together.append(_Group(members, "fraction", portion, protected=portion == 0))
     if scope == "layer":
-        return [_Group([name], group.kind, group.amount) for group in together for name in group.names]
+        return [replace(group, names=[name]) for group in together for name in group.names]
     return [group for group in together if group.names]
 
 
