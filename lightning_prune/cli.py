@@ -1,17 +1,20 @@
 """The command ``lightning-prune``: LightningCLI's subcommands (fit, validate, test, predict) on recipes."""
 
+import pickle
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
 from lightning_prune.callbacks import IterativeMagnitudePruner
-from lightning_prune.errors import PruneError
+from lightning_prune.errors import FileFormatError, PruneError
 from lightning_prune.record import JSON_NAME, RunRecord
 
 
@@ -33,6 +36,14 @@ class PruneCLI(LightningCLI):
             "--test_after_fit", type=bool, default=True, help="Evaluate the last round's network on test data once."
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, then look at the checkpoint before anything is built."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        checkpoint = self.config[command].get("ckpt_path") if command else None
+        if checkpoint and checkpoint not in ("best", "last", "hpc"):
+            check_checkpoint(Path(checkpoint))
+
     def before_instantiate_classes(self) -> None:
         """Let a resumed run go on in its folder, where the recipe's logger numbers its runs."""
         if self.subcommand != "fit":
@@ -41,8 +52,6 @@ class PruneCLI(LightningCLI):
         checkpoint, logger = config.get("ckpt_path"), config["trainer"].get("logger")
         if not checkpoint or not hasattr(logger, "init_args"):
             return
-        if not Path(checkpoint).is_file():
-            raise PruneError(f"--ckpt_path {checkpoint}: there is no such file to resume from.")
         folder = Path(checkpoint).resolve().parent.parent
         settings = logger.init_args
         home = Path(str(settings.get("save_dir")), str(settings.get("name"))).resolve()
@@ -67,6 +76,21 @@ class PruneCLI(LightningCLI):
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
             print(text)  # noqa: T201
+
+
+def check_checkpoint(path: Path) -> None:
+    """See that a checkpoint can be read, without running code from it.
+
+    Raises:
+        FileFormatError: It is missing, damaged, or holds objects that only code could restore.
+    """
+    if not path.is_file():
+        raise FileFormatError(f"--ckpt_path {path}: there is no such file.")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileFormatError(f"--ckpt_path {path} is damaged or no checkpoint of tensors and plain values: {reason}") from error
 
 
 def closing_lines(folder: Path) -> str:
