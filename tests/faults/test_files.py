@@ -209,8 +209,9 @@ def test_hostile_mask_shapes(shape: Any, tmp_path: Path) -> None:
     _with_checksum(tmp_path / "x", PACKED, header={"info": {}, "masks": masks, "digest": "0"})
     with pytest.raises(FileFormatError, match="x"):
         load_ticket(tmp_path / "x")
-    with pytest.raises(FileFormatError):
-        unpack_bits(PACKED["mask/mask:w"], shape)
+    for packed in (PACKED["mask/mask:w"], torch.zeros(0, dtype=torch.uint8)):
+        with pytest.raises(FileFormatError):
+            unpack_bits(packed, shape)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,18 @@ def test_hostile_mask_shapes(shape: Any, tmp_path: Path) -> None:
 def test_hostile_tickets_with_a_right_checksum(parts: dict[str, Any], tmp_path: Path) -> None:
     _with_checksum(tmp_path / "x", PACKED, **parts)
     with pytest.raises(FileFormatError, match="x"):
+        load_ticket(tmp_path / "x")
+
+
+def test_a_version_that_is_no_number_with_a_right_checksum(tmp_path: Path) -> None:
+    _with_checksum(tmp_path / "x", PACKED, version=True)
+    with pytest.raises(FileFormatError, match="layout version True"):
+        load_ticket(tmp_path / "x")
+
+
+def test_a_header_longer_than_any_of_ours_is_not_parsed(tmp_path: Path) -> None:
+    _hostile(tmp_path / "x", b"{}" + b" " * (2 * files.MAX_HEADER_BYTES))
+    with pytest.raises(FileFormatError, match=r"its header claims \d+ bytes"):
         load_ticket(tmp_path / "x")
 
 
