@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -38,19 +37,6 @@ from tests._helpers.resuming import (
     seed,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*' does not have many workers", "ignore:.*LeafSpec.*is deprecated"
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolate_rng():
-        yield
-    torch.set_num_threads(threads)
-
 
 def resume(case: Case, folder: Path, full: Run, saved: Saved, **options: Any) -> Run:
     resumed = fit(case, folder / "resumed", **({"seeded": 99, "checkpoint": saved.path, "hooks": ()} | options))
@@ -62,7 +48,7 @@ def check_all(case: Case, folder: Path, hooks: tuple[str, ...] = ("on_train_batc
     full = fit(case, folder)
     chosen = [saved for saved in full.saved if saved.hook in hooks]
     assert sum(check_moved(full, saved) for saved in chosen) > 0
-    for saved in chosen:
+    for saved in chosen if len(chosen) < 8 else (chosen[0], *chosen[4::3], chosen[-1]):
         resume(case, folder, full, saved)
     return full
 
@@ -87,7 +73,7 @@ def batch_sampled() -> Any:
 
 LOADERS = {
     "own generator": own_generator,
-    "own generator, workers": lambda: own_generator(num_workers=2),
+    "own generator, workers": lambda: own_generator(num_workers=1),
     "replacement": sampled(lambda data: RandomSampler(data, replacement=True, num_samples=20)),
     "weighted": sampled(lambda data: WeightedRandomSampler([1.0] * len(data), 24)),
     "subset": sampled(lambda data: SubsetRandomSampler(range(16))),
@@ -443,7 +429,7 @@ def test_an_epoch_that_begins_at_a_later_batch(tmp_path: Path, workers: int) -> 
     assert kinds == ["train", "validation", "train", "train", "epoch end"]  # validated after batch 3, the 4th
     # optimizer steps fall on the batches of odd index, as in a whole epoch: 3 a whole epoch, 2 from batch 3 on
     assert [event[2] for event in full.events if event[0] == "epoch end"] == [3, 5, 8]
-    for saved in full.saved:
+    for saved in full.saved if workers == 0 else full.saved[3::3]:
         resume(case, tmp_path, full, saved, owners=skip(3))
 
 

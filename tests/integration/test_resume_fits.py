@@ -1,29 +1,16 @@
 """A fit killed and resumed from any of its checkpoints goes on bit for bit as the one that was not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch.optim import SGD, lr_scheduler
 
-from tests._helpers.resuming import Case, Net, check_moved, check_resumed, fit, noisy_loaders, plain_resume
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The '.*' does not have many workers", "ignore:.*LeafSpec.*is deprecated"
-)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with isolate_rng():
-        yield
-    torch.set_num_threads(threads)
+from tests._helpers.resuming import Case, Net, Saved, check_moved, check_resumed, fit, noisy_loaders, plain_resume
 
 
 def per_epoch(optimizer: SGD) -> Any:
@@ -78,30 +65,49 @@ CASES = [
     Case("no validation, a limit in steps", options={"limit_val_batches": 0, "max_steps": 14, "max_epochs": -1}),
     Case("validation every second epoch", plateau_train, options={"check_val_every_n_epoch": 2, "max_epochs": 3}),
     Case("validation by total batches", options={"check_val_every_n_epoch": None, "val_check_interval": 4}),
-    Case("reloaded data", options={"reload_dataloaders_every_n_epochs": 2, "max_epochs": 4}),
+    Case("reloaded data", options={"reload_dataloaders_every_n_epochs": 1}),
     Case("data set up early", module=AsksForSteps),
     Case("a part of the data", options={"limit_train_batches": 4, "limit_val_batches": 1}),
     Case("workers", plateau, loaders=two_workers, options={"val_check_interval": 3}),
 ]
 
 
-def check_case(case: Case, folder: Path) -> None:
-    """Every checkpoint of one fit, and that Lightning alone would have failed."""
+def spread(checkpoints: list[Saved]) -> list[Saved]:
+    """The first, second and last checkpoint of each hook, which are those around an epoch's beginning and end."""
+    chosen = []
+    for hook in {saved.hook: None for saved in checkpoints}:
+        of_hook = [saved for saved in checkpoints if saved.hook == hook]
+        middle = len(of_hook) // 2  # about where the second epoch begins
+        chosen += [
+            of_hook[index] for index in sorted({0, middle - 1, middle, len(of_hook) - 1} & set(range(len(of_hook))))
+        ]
+    return chosen
+
+
+def check_case(case: Case, folder: Path, choose: Callable[[list[Saved]], list[Saved]] = list) -> None:
+    """Checkpoints of one fit, and that Lightning alone would have failed."""
     full = fit(case, folder)
-    assert {saved.hook for saved in full.saved} >= {"on_train_batch_end", "on_train_epoch_end"}
+    hooks = {saved.hook for saved in full.saved}
+    assert hooks >= {"on_train_batch_end", "on_train_epoch_end"}
     plain_differs = set()
-    for saved in full.saved:
+    for saved in choose(full.saved):
         check_resumed(full, fit(case, folder / "resumed", seeded=99, checkpoint=saved.path, hooks=()), saved)
         if check_moved(full, saved) and saved.hook not in plain_differs:
             with pytest.raises((AssertionError, MisconfigurationException), match=r"after resuming|not equal|Reduce"):
                 check_resumed(full, plain_resume(case, folder / "plain", saved), saved)
             plain_differs.add(saved.hook)
-    assert plain_differs == {saved.hook for saved in full.saved}
+    assert plain_differs == hooks
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
+def test_a_resumed_fit_goes_on_bit_for_bit(case: Case, tmp_path: Path) -> None:
+    check_case(case, tmp_path, spread)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "_"))
 def test_every_checkpoint_goes_on_bit_for_bit(case: Case, tmp_path: Path) -> None:
-    check_case(case, tmp_path)
+    check_case(replace(case, options={"max_epochs": 3} | case.options), tmp_path)
 
 
 MATRIX = [
