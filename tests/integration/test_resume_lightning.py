@@ -45,9 +45,7 @@ class Calls(pl.Callback):
         for owner, name in self.METHODS:
             loop = trainer.fit_loop if owner == "fit_loop" else trainer.fit_loop.epoch_loop
             original = getattr(loop, name)
-            setattr(
-                loop, name, lambda *args, original=original, call=f"{owner}.{name}": self._call(original, call, args)
-            )
+            setattr(loop, name, partial(self._call, original, f"{owner}.{name}"))
 
     def _call(self, original: Any, call: str, *args: Any) -> None:
         self.calls.append(call)
@@ -71,8 +69,7 @@ def test_loops_call_their_methods_on_the_instance_in_this_order(tmp_path: Path) 
         "fit_loop._load_combined_loader_states",
         "fit_loop.reset",
         "on_train_start",
-        *["fit_loop.on_advance_start", "fit_loop.setup_data", "on_train_epoch_start", *epoch, "fit_loop.on_advance_end"]
-        * 2,
+        *[*start, *epoch, "fit_loop.on_advance_end"] * 2,
     ], "Lightning's order of loop methods changed: ResumeState.attach wraps some of them and counts on all"
 
 
@@ -230,12 +227,9 @@ def plateau(optimizer: SGD) -> Any:
 def test_lightning_loses_the_plateau_step_of_the_epoch_it_resumes_after(tmp_path: Path) -> None:
     case = Case("plateau", plateau)
     full = fit(case, tmp_path, owners=())
-    steps = []
-    for run in (
-        full,
-        plain_resume(case, tmp_path / "plain", [s for s in full.saved if s.hook == "on_train_epoch_end"][0]),
-    ):
-        steps.append(run.trainer.lr_scheduler_configs[0].scheduler.last_epoch)
+    end = next(saved for saved in full.saved if saved.hook == "on_train_epoch_end")
+    resumed = plain_resume(case, tmp_path / "plain", end)
+    steps = [run.trainer.lr_scheduler_configs[0].scheduler.last_epoch for run in (full, resumed)]
     assert steps == [2, 1], "Lightning makes up for the lost step itself now: do not replay it in ResumeState._begin"
 
 
