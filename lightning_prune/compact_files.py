@@ -1,8 +1,9 @@
 """Compact models on disk: one safetensors file with the removal plans in its header."""
 
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_prune.channels.compact import plans_of, remember
@@ -32,7 +33,7 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
         )
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    first: dict[tuple[int, int, torch.Size, tuple[int, ...]], str] = {}
+    first: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(
@@ -67,7 +68,7 @@ def load_compact(fresh_model: nn.Module, path: str | Path) -> nn.Module:
     try:
         plans = [RemovalPlan.from_json(content) for content in header["plans"]]
         aliases = dict(header["aliases"])
-        state = {**tensors, **{name: tensors[source] for name, source in aliases.items()}}
+        state = OrderedDict({**tensors, **{name: tensors[source] for name, source in aliases.items()}})
     except (KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} has no readable plan ({type(error).__name__}: {error}).") from error
     expected = set(fresh_model.state_dict())
@@ -81,7 +82,12 @@ def load_compact(fresh_model: nn.Module, path: str | Path) -> nn.Module:
         plan.apply_(fresh_model)
     wrong = [n for n, t in fresh_model.state_dict().items() if t.shape != state[n].shape]
     if wrong:
-        raise FileFormatError(f"{path} is inconsistent: {wrong[0]} has shape {tuple(state[wrong[0]].shape)} after its plan.")
+        raise FileFormatError(
+            f"{path} is inconsistent: {wrong[0]} has shape {tuple(state[wrong[0]].shape)} after its plan."
+        )
+    metadata = getattr(fresh_model.state_dict(), "_metadata", None)
+    if metadata is not None:  # layout versions of the modules' own; some refuse a state without them
+        state._metadata = metadata  # type: ignore[attr-defined]
     fresh_model.load_state_dict(state)
     for plan in plans:
         remember(fresh_model, plan)

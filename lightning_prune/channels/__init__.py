@@ -1,0 +1,23 @@
+"""Removing channels for real: trace, groups, plans, surgery, and the check that nothing else changed."""
+
+from lightning_prune.channels.budget import Budget
+from lightning_prune.channels.compact import CompactReport, compact
+from lightning_prune.channels.groups import ChannelGroup, FrozenAxis
+from lightning_prune.channels.plan import RemovalPlan, plan_removal
+from lightning_prune.channels.scores import score_batch_norm, score_norms, score_taylor
+from lightning_prune.channels.trace import ChannelGraph, trace_channels
+
+__all__ = [
+    "Budget",
+    "ChannelGraph",
+    "ChannelGroup",
+    "CompactReport",
+    "FrozenAxis",
+    "RemovalPlan",
+    "compact",
+    "plan_removal",
+    "score_batch_norm",
+    "score_norms",
+    "score_taylor",
+    "trace_channels",
+]

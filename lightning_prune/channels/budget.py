@@ -75,7 +75,7 @@ class CostModel:
         counts = fixed + matrix @ kept
         sizes = rest.copy()
         np.multiply.at(sizes, owner, counts)
-        return int(round(float(sizes.sum() + constant[0])))
+        return round(float(sizes.sum() + constant[0]))
 
     def macs(self, kept: np.ndarray) -> int:
         """Multiply-adds of the recorded convolutions and matrix products (bias additions are none)."""
@@ -84,7 +84,7 @@ class CostModel:
         fixed, matrix, owner, constants = self._macs
         sizes = constants.copy()
         np.multiply.at(sizes, owner, fixed + matrix @ kept)
-        return int(round(float(sizes.sum())))
+        return round(float(sizes.sum()))
 
     def _param_tables(self) -> tuple[np.ndarray, ...]:
         graph = self.graph
@@ -92,7 +92,12 @@ class CostModel:
         for g, group in enumerate(graph.groups):
             for name, axis, entries in group.members:
                 by_slot.setdefault((name, axis), []).append((g, entries))
-        fixed, rows, owner, rest, names, constant = [], [], [], [], {}, 0
+        fixed: list[float] = []
+        rows: list[np.ndarray] = []
+        owner: list[int] = []
+        rest: list[float] = []
+        names: dict[str, int] = {}
+        constant = 0
         for name, parameter in graph.model.named_parameters():
             axes = [a for a in range(parameter.dim()) if (name, a) in by_slot]
             if not axes:

@@ -90,7 +90,9 @@ def remember(model: nn.Module, plan: RemovalPlan) -> None:
     vars(model)[_PLANS] = [*plans_of(model), plan]
 
 
-def verify(model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = (0, 1, 2)) -> tuple[float, str]:
+def verify(
+    model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = (0, 1, 2)
+) -> tuple[float, str]:
     """Run the equality check; with other random weights again where an output did not depend on a branch.
 
     Returns:

@@ -46,7 +46,9 @@ def random_tensors(model: nn.Module, dtype: torch.dtype, seed: int) -> dict[str,
     noise = torch.rand(_PERIOD, generator=generator, dtype=dtype) * 2 - 1
     for name, tensor in named_tensors(model).items():
         if tensor.is_complex():
-            found[name] = tensor.detach().to(_DOUBLE[tensor.dtype]) if dtype == torch.float64 else tensor.detach().clone()
+            found[name] = (
+                tensor.detach().to(_DOUBLE[tensor.dtype]) if dtype == torch.float64 else tensor.detach().clone()
+            )
             continue
         if not tensor.is_floating_point():
             found[name] = tensor.detach().clone()
@@ -189,7 +191,9 @@ def _blind(outputs: list[Tensor], parameters: Mapping[str, nn.Parameter]) -> lis
     total = None
     for out in outputs:
         if out.requires_grad and out.numel():
-            weights = torch.rand(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.real.dtype) + 0.5
+            weights = (
+                torch.rand(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.real.dtype) + 0.5
+            )
             term = (out.real * weights if out.is_complex() else out * weights).sum()
             total = term if total is None else total + term
     if total is None:

@@ -27,11 +27,13 @@ class Outcome:
         index: Number of the first operation that differs, or None.
         why: What differs there.
         orders: New orders of kept indices, by (name, axis), where channels arrive shuffled.
+        child: The compact model's whole recording, if it ran to the end.
     """
 
     index: int | None = None
     why: str = ""
     orders: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    child: Recording | None = None
 
 
 class _ChildLabels(Labels):
@@ -68,8 +70,10 @@ class _ChildLabels(Labels):
             self._mark(a, b)
             return
         assert self.op is not None
-        if a.shape != b.shape or not self._reorder(a, right) and not self._reorder(b, left):
-            one_fixed = a.shape == b.shape and not self._removable(a[left != right]) and not self._removable(b[left != right])
+        if a.shape != b.shape or (not self._reorder(a, right) and not self._reorder(b, left)):
+            one_fixed = (
+                a.shape == b.shape and not self._removable(a[left != right]) and not self._removable(b[left != right])
+            )
             if not one_fixed:
                 self.bad.append(self.op)
         self._mark(a, b)
@@ -116,7 +120,7 @@ def run_child(graph: "ChannelGraph", plan: "RemovalPlan") -> tuple[Recording, st
     try:
         with substituted(graph.model, small):
             record(graph.model, graph.example_inputs, into=recording)
-    except Exception as error:  # noqa: BLE001  (whatever the forward code raises is the answer)
+    except Exception as error:
         return recording, f"{type(error).__name__}: {error}"
     finally:
         set_attributes(graph.model, before)
@@ -147,10 +151,11 @@ def examine(graph: "ChannelGraph", plan: "RemovalPlan", stays: np.ndarray) -> Ou
             outcome.index = min(len(child.ops), len(parent.ops) - 1)
             outcome.why = error or "another number of operations ran"
     labels = _ChildLabels(graph, plan)
-    child.ops = child.ops[: outcome.index] if outcome.index is not None else child.ops
-    propagate([child], labels)
+    seen = child.ops[: outcome.index] if outcome.index is not None else child.ops
+    propagate([Recording(seen, [] if outcome.index is not None else child.outputs)], labels)
+    outcome.child = None if error else child
     if labels.bad:
-        first = next(i for i, op in enumerate(child.ops) if op is labels.bad[0])
+        first = next(i for i, op in enumerate(seen) if op is labels.bad[0])
         if outcome.index is None or first < outcome.index:
             outcome.index, outcome.why = first, "channels meet in another order or number"
     outcome.orders = labels.orders
@@ -177,12 +182,15 @@ def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) ->
     return ""
 
 
-def fit_shuffled(graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndarray]) -> np.ndarray:
+def fit_shuffled(
+    graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndarray]
+) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
     """Adjust bound widths to what the compact model's own wiring makes of them.
 
-    Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. The
-    compact model is therefore traced as a network of its own; its groups have the same keys as the parent's, and their
-    sizes are the widths that fit. Where the parent has too few channels of a kind, the next narrower width is tried.
+    Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. Where the
+    given widths do not come out, the compact model is traced as a network of its own: its groups have the same keys as
+    the parent's, and their sizes are the widths that fit. Where the parent has too few channels of a kind, the next
+    narrower width is tried.
 
     Args:
         graph: The traced parent.
@@ -190,18 +198,25 @@ def fit_shuffled(graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndar
         values: Scores of each group's channels.
 
     Returns:
-        Widths that fit, at most as wide in sum.
+        The components that stay, the plan, and how the compact model follows it (not at all, if nothing fits).
     """
     from lightning_prune.channels.budget import LEVELS, Family, families
-    from lightning_prune.channels.plan import choose, make_plan
 
     bound = [Family(graph, members, 1) for members in families(graph)]
     levels = [LEVELS] * len(bound)
-    found = widths = widths.copy()
+    widths = widths.copy()
+    kept, plan, outcome = _attempt(graph, widths, values)
     for _ in range(MAX_FITS):
-        found, unfit = _settle(graph, make_plan(graph, choose(graph, values, widths)), widths)
+        if outcome.index is None:
+            break
+        found, unfit = _settle(graph, outcome, widths)
         if not unfit:
-            return found
+            if (found == widths).all():
+                break
+            kept, plan, outcome = _attempt(graph, found, values)
+            if outcome.index is None:
+                break
+            unfit = {g for g, group in enumerate(graph.groups) if group.tied and widths[g] < group.size}
         for number, family in enumerate(bound):
             if not unfit & set(family.members.tolist()):
                 continue
@@ -210,17 +225,32 @@ def fit_shuffled(graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndar
                 levels[number] -= 1
             narrower = family.state(levels[number])
             widths[family.members] = narrower if narrower.sum() < now else family.state(LEVELS)
-    return found
+        kept, plan, outcome = _attempt(graph, widths, values)
+    return kept, plan, outcome
 
 
-def _settle(graph: "ChannelGraph", plan: "RemovalPlan", widths: np.ndarray) -> tuple[np.ndarray, set[int]]:
+def _attempt(
+    graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndarray]
+) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
+    from lightning_prune.channels.plan import choose, make_plan
+
+    kept = choose(graph, values, widths)
+    plan = make_plan(graph, kept)
+    stays = kept[graph.grouping.component]
+    stays[FIXED] = True
+    return kept, plan, examine(graph, plan, stays)
+
+
+def _settle(graph: "ChannelGraph", outcome: Outcome, widths: np.ndarray) -> tuple[np.ndarray, set[int]]:
     """Widths by the compact model's own groups, and the numbers of groups of which the parent has too few."""
     from lightning_prune.channels.trace import propagate
 
-    child, error = run_child(graph, plan)
-    if error:
+    if outcome.child is None:
         return widths, set()
-    groups = {group.key: group for group in make_groups(propagate([child], Labels())).groups}
+    for op in outcome.child.ops:
+        for value in [*op.tensors(), *op.outs]:
+            value.factors = None
+    groups = {group.key: group for group in make_groups(propagate([outcome.child], Labels())).groups}
     found, unfit = widths.copy(), set()
     owners: dict[tuple[str, int], int] = {}
     for number, group in enumerate(graph.groups):
@@ -242,20 +272,16 @@ def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
     Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or takes
     another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
     """
-    from lightning_prune.channels.plan import choose, make_plan
-
     for trial in range(MAX_TRIALS):
-        blank = [np.zeros(group.size) for group in graph.groups]
         widths = _trial(graph)
         if widths is None:
             return
-        if graph.labels.reordered and any(group.tied for group in graph.groups):
-            widths = fit_shuffled(graph, widths, blank)
-        kept = choose(graph, blank, widths)
-        stays = kept[graph.grouping.component]
-        stays[FIXED] = True
+        blank = [np.zeros(group.size) for group in graph.groups]
         try:
-            outcome = examine(graph, make_plan(graph, kept), stays)
+            if graph.labels.reordered and any(group.tied for group in graph.groups):
+                outcome = fit_shuffled(graph, widths, blank)[2]
+            else:
+                outcome = _attempt(graph, widths, blank)[2]
         except PruneError as error:
             outcome = Outcome(0, str(error))
         if outcome.index is None:

@@ -144,9 +144,7 @@ def _row_matrices(
     return found
 
 
-def _freeze_unbalanced(
-    rows_list: list[tuple[np.ndarray, Op, tuple[int, int]]], removable: np.ndarray
-) -> dict[int, Op]:
+def _freeze_unbalanced(rows_list: list[tuple[np.ndarray, Op, tuple[int, int]]], removable: np.ndarray) -> dict[int, Op]:
     """A row that cannot shrink keeps the others whole: components to freeze, with the operation that demands it."""
     lost: dict[int, Op] = {}
     changed = True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
-from lightning_prune.channels.scores import ChannelScores, resolve
+from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError, FileFormatError, TraceError
@@ -123,33 +123,26 @@ def plan_removal(
     costs = CostModel(graph)
     ranked = [np.sort(v) for v in values] if scope == "global" else None
     widths = search(graph, budget, costs, round_to, min_channels, ranked)
-    shuffled = graph.labels.reordered and any(group.tied for group in graph.groups)
-    if shuffled:
-        from lightning_prune.channels.follow import fit_shuffled
-
-        widths = fit_shuffled(graph, widths, values)
-    kept = choose(graph, values, widths)
-    plan = make_plan(graph, kept, costs)
-    if shuffled:
-        _put_in_order(graph, plan, kept)
-    return plan
+    if graph.labels.reordered and any(group.tied for group in graph.groups):
+        return _shuffled_plan(graph, widths, values)
+    return make_plan(graph, choose(graph, values, widths), costs)
 
 
-def _put_in_order(graph: ChannelGraph, plan: RemovalPlan, kept: np.ndarray) -> None:
+def _shuffled_plan(graph: ChannelGraph, widths: np.ndarray, values: list[np.ndarray]) -> RemovalPlan:
     """Where channels are shuffled, give every axis that reads them the order in which they arrive."""
-    from lightning_prune.channels.follow import examine
+    from lightning_prune.channels.follow import fit_shuffled
 
-    stays = kept[graph.grouping.component]
-    stays[FIXED] = True
-    outcome = examine(graph, plan, stays)
+    _, plan, outcome = fit_shuffled(graph, widths, values)
     if outcome.index is not None:
         op = graph.recordings[0].ops[outcome.index]
         raise TraceError(
-            f"the compact model would not follow the plan at {op.where()}: {outcome.why}. Report the model, or choose "
-            "another budget."
+            f"no width near this budget comes out of the shuffles of the forward code: at {op.where()}, {outcome.why}. "
+            "Choose another budget."
         )
     for (name, axis), order in outcome.orders.items():
         plan.keep.setdefault(name, {})[axis] = order
+        plan.shapes.setdefault(name, list(fetch(graph.model, name).shape))
+    return plan
 
 
 def choose(graph: ChannelGraph, values: list[np.ndarray], widths: np.ndarray) -> np.ndarray:
@@ -182,9 +175,7 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
         if reading[ids].any():
             plan.reads.append((slot.name, slot.axis))
     after = np.array([int(kept[g.channels].sum()) for g in graph.groups])
-    plan.groups = [
-        {"name": g.name, "size": g.size, "kept": int(n)} for g, n in zip(graph.groups, after, strict=True)
-    ]
+    plan.groups = [{"name": g.name, "size": g.size, "kept": int(n)} for g, n in zip(graph.groups, after, strict=True)]
     plan.costs = {w: (costs.cost(w, costs.sizes), costs.cost(w, after)) for w in ("channels", "params", "macs")}
     plan.training = graph.training
     plan.attributes = leaf_attributes(graph.model, plan, _group_counts(graph, stays))

@@ -63,7 +63,9 @@ def leaf_attributes(model: nn.Module, plan: "RemovalPlan", groups: Mapping[str, 
     for name, axes in plan.keep.items():
         owner = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
         leaf = name[len(owner) + 1 :] if owner else name
-        if leaf not in ("weight", "weight_v", "running_mean", "bias") and not leaf.startswith("parametrizations.weight"):
+        if leaf not in ("weight", "weight_v", "running_mean", "bias") and not leaf.startswith(
+            "parametrizations.weight"
+        ):
             continue
         shape = [len(axes.get(a, range(n))) for a, n in enumerate(plan.shapes[name])]
         changes = _module_sizes(modules[owner], leaf, shape, groups.get(owner))
@@ -167,7 +169,9 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     fresh: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         original = originals[name]
-        fresh[id(original)] = nn.Parameter(tensor, tensor.requires_grad) if isinstance(original, nn.Parameter) else tensor
+        fresh[id(original)] = (
+            nn.Parameter(tensor, tensor.requires_grad) if isinstance(original, nn.Parameter) else tensor
+        )
     undo: list[tuple[dict[str, Any], str, Any]] = []
     flat: list[tuple[nn.RNNBase, list[Any]]] = []
     try:
@@ -182,7 +186,7 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
                 module._flat_weights = [fresh.get(id(w), w) for w in module._flat_weights]
         yield
     finally:
-        for table, key, tensor in undo:
-            table[key] = tensor
+        for table, key, original in undo:
+            table[key] = original
         for rnn, weights in flat:
             rnn._flat_weights = weights

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, make_groups
@@ -136,7 +135,7 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         second = Recording()
         try:
             record(model, example_inputs, training=True, into=second)
-        except Exception:  # noqa: BLE001  (it may need targets or larger inputs; what it was reading then stays whole)
+        except Exception:
             propagate([second], labels)
             for name in unseen:
                 labels.freeze(labels.known(name), "only training reads it, which did not run with these inputs")
@@ -157,4 +156,3 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
 
 def _unseen(names: list[str], recordings: Sequence[Recording]) -> list[str]:
     return [n for n in names if all(r.leaves[n].factors is None for r in recordings if n in r.leaves)]
-

@@ -233,6 +233,9 @@ def attention(labels: Labels, op: Op) -> None:
             if own >= 0 and other.shape[own] > 1 and own not in other.wild:
                 labels.meet(query, axis, other, own, "attention's mask")
     op.outs[0].factors = [f for f in labels.factors(value) if last - 1 not in span(f)]
+    if len(op.outs) > 1 and len(op.outs[1].shape) == last:  # sums of exponentials: (batch, heads, queries)
+        rows = [_keep_outer(labels, f, last) for f in labels.factors(query)]
+        op.outs[1].factors = [f[..., 0] for f in rows if f.shape[-1] == 1]
     # Index space of either product: batch, heads, queries, keys, width.
     sizes = [*query.shape[:-1], key.shape[-2]]
     heads = [_keep_outer(labels, f, last) for f in labels.factors(query)]
@@ -249,4 +252,3 @@ def embedding(labels: Labels, op: Op) -> None:
         labels.freeze(rows, "rows of a table are looked up by number")
     out = op.outs[0]
     out.factors = [] if width is None else [width.reshape((1,) * (len(out.shape) - 1) + (-1,))]
-

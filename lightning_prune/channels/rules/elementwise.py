@@ -4,7 +4,7 @@ The table is explicit: the ``pointwise`` tag of ATen is missing on some of these
 """
 
 from lightning_prune.channels.labels import Labels
-from lightning_prune.channels.recording import Op
+from lightning_prune.channels.recording import Op, Value
 from lightning_prune.channels.rules.registry import argument, rule, tensor
 
 _UNARY = """
@@ -50,7 +50,7 @@ def elementwise(labels: Labels, op: Op) -> None:
             result.factors, result.wild = factors, wild
 
 
-def _constant_axes(operands: list, ndim: int) -> frozenset[int]:  # type: ignore[type-arg]
+def _constant_axes(operands: list[Value], ndim: int) -> frozenset[int]:
     """Axes along which the result is constant: every operand has size 1 there or is constant, and one is longer."""
     if not any(v.wild for v in operands):
         return frozenset()

@@ -1,7 +1,7 @@
 """The table of rules: one function for each operation whose effect on channels is known."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning_prune.channels.labels import Labels
 from lightning_prune.channels.recording import Op, Value
@@ -22,7 +22,7 @@ def rule(*names: str) -> Callable[[_R], _R]:
     return register
 
 
-def argument(op: Op, position: int, name: str, default: object = None) -> object:
+def argument(op: Op, position: int, name: str, default: Any = None) -> Any:
     """An argument by position or by name."""
     return op.args[position] if len(op.args) > position else op.kwargs.get(name, default)
 
@@ -34,9 +34,9 @@ def tensor(op: Op, position: int) -> Value:
     return value
 
 
-def axes_of(item: object, ndim: int) -> list[int]:
+def axes_of(item: Any, ndim: int) -> list[int]:
     """Normalise a ``dim`` argument: None and an empty list mean every axis."""
     if item is None or item == []:
         return list(range(ndim))
     axes = item if isinstance(item, (list, tuple)) else [item]
-    return [int(a) % ndim if ndim else 0 for a in axes]  # type: ignore[call-overload]
+    return [int(a) % ndim if ndim else 0 for a in axes]

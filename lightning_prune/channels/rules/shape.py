@@ -293,7 +293,7 @@ def select(labels: Labels, op: Op) -> None:
     ndim = len(x.shape)
     axis = axes_of(argument(op, 1, "dim", 0), ndim)[0]
     if op.name.startswith("select"):
-        picks = [int(argument(op, 2, "index", 0)) % x.shape[axis]]  # type: ignore[call-overload]
+        picks = [int(argument(op, 2, "index", 0)) % x.shape[axis]]
     else:
         picks = list(range(x.shape[axis]))
     for out in op.outs:

@@ -1,0 +1,249 @@
+"""Small networks, one for each rule, that can be built at any width."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+
+class Net(nn.Module):
+    """A network whose forward pass is a function of itself, so that each case reads as one definition."""
+
+    def __init__(self, forward: Callable[..., Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network by width, its input, how wide its groups are at width 8, and the same by hand at width 4.
+
+    Attributes:
+        name: Of the case.
+        build: Makes the network at a width.
+        shape: Of the input.
+        sizes: Sizes of the groups at width 8.
+        narrow: Makes the network by hand as it should be with half of every group left; by default ``build(4)``.
+    """
+
+    name: str
+    build: Callable[[int], nn.Module]
+    shape: tuple[int, ...]
+    sizes: list[int]
+    narrow: Callable[[], nn.Module] | None = None
+
+    def by_hand(self) -> nn.Module:
+        return self.narrow() if self.narrow else self.build(4)
+
+
+def conv(i: int, o: int, k: int = 3, **options: int) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, padding=k // 2, **options)
+
+
+class Attention(nn.Module):
+    """Hand-written attention whose inner width is free of its input's."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, kv_heads: int | None = None, style: str = "matmul") -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.style = heads, head_dim, style
+        self.num_kv_heads = kv_heads or heads
+        self.q = nn.Linear(width, heads * head_dim)
+        self.k = nn.Linear(width, self.num_kv_heads * head_dim)
+        self.v = nn.Linear(width, self.num_kv_heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        k = self.k(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        v = self.v(x).view(b, t, -1, self.head_dim).transpose(1, 2)
+        if self.num_kv_heads != self.num_heads:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        if self.style == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif self.style == "einsum":
+            scores = torch.einsum("bhid,bhjd->bhij", q, k) * self.head_dim**-0.5
+            y = torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+        else:
+            y = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class FusedAttention(nn.Module):
+    """One projection for queries, keys and values, cut by written-out sizes that attributes hold."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, head_dim
+        self.qkv = nn.Linear(width, 3 * heads * head_dim)
+        self.out = nn.Linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        qkv = self.qkv(x).reshape(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        y = (q @ k.transpose(-2, -1) * self.head_dim**-0.5).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
+
+
+def _residual(w: int) -> nn.Module:
+    return Net(
+        lambda n, x: n.head((h := F.relu(n.stem(x))) + n.b(F.relu(n.a(h)))),
+        stem=conv(3, w), a=conv(w, w), b=conv(w, w), head=conv(w, 5),
+    )  # fmt: skip
+
+
+def _option_a(first: int, second: int, pad: int) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        h = F.relu(n.stem(x))
+        short = F.pad(h[:, :, ::2, ::2], (0, 0, 0, 0, pad, pad))
+        return n.head(F.relu(n.b(F.relu(n.a(h))) + short))
+
+    return Net(run, stem=conv(3, first), a=nn.Conv2d(first, first, 3, 2, 1), b=conv(first, second), head=conv(second, 5))
+
+
+def _shuffle(w: int) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        h = F.relu(n.stem(x))
+        b, c, height, width = h.shape
+        h = h.view(b, 2, c // 2, height, width).transpose(1, 2).reshape(b, c, height, width)
+        first, second = h.chunk(2, dim=1)
+        return n.head(torch.cat((first, torch.tanh(n.a(second))), 1))
+
+    return Net(run, stem=conv(3, w), a=conv(w // 2, w // 2), head=conv(w, 5))
+
+
+def _shared(w: int) -> nn.Module:
+    return Net(lambda n, x: n.head(F.relu(n.a(F.relu(n.a(n.stem(x)))))), stem=conv(3, w), a=conv(w, w), head=conv(w, 5))
+
+
+def _tied(w: int) -> nn.Module:
+    net = Net(lambda n, x: n.out(torch.tanh(n.dec(torch.tanh(n.enc(x))))), enc=nn.Linear(6, w, bias=False),
+              dec=nn.Linear(w, w), out=nn.Linear(w, 6, bias=False))  # fmt: skip
+    net.out.weight = nn.Parameter(torch.randn(6, w))
+    return net
+
+
+def _scaled(w: int) -> nn.Module:
+    net = Net(lambda n, x: n.head(n.a(x) * n.gamma + n.shift), a=conv(3, w), head=conv(w, 5))
+    net.gamma = nn.Parameter(torch.randn(w, 1, 1))
+    net.register_buffer("shift", torch.randn(1, w, 1, 1))
+    return net
+
+
+def _tokens(w: int) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        t = n.patch(x).flatten(2).transpose(1, 2)
+        t = torch.cat([n.token.expand(t.shape[0], -1, -1), t], dim=1) + n.position
+        return n.head(t.mean(1))
+
+    net = Net(run, patch=nn.Conv2d(3, w, 4, 4), head=nn.Linear(w, 5))
+    net.token = nn.Parameter(torch.randn(1, 1, w))
+    net.position = nn.Parameter(torch.randn(1, 5, w))
+    return net
+
+
+def _group_norm(w: int) -> nn.Module:
+    return Net(lambda n, x: n.head(F.relu(n.norm(n.a(x)))), a=conv(3, w), norm=nn.GroupNorm(w // 2, w), head=conv(w, 5))
+
+
+def _grouped(width_a: int, width_b: int) -> nn.Module:
+    return Net(
+        lambda n, x: n.head(F.relu(n.g(F.relu(n.a(x))))),
+        a=conv(3, width_a), g=conv(width_a, width_b, groups=2), head=conv(width_b, 5),
+    )  # fmt: skip
+
+
+def _se(w: int) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        h = n.a(x)
+        s = torch.sigmoid(n.up(F.relu(n.down(h.mean((2, 3), keepdim=True)))))
+        return n.head(h * s)
+
+    return Net(run, a=conv(3, w), down=nn.Conv2d(w, w // 2, 1), up=nn.Conv2d(w // 2, w, 1), head=conv(w, 5))
+
+
+def _transformer(width: int, attention: nn.Module) -> nn.Module:
+    return Net(lambda n, x: n.head(x + n.attention(n.norm(x))), norm=nn.LayerNorm(width), attention=attention,
+               head=nn.Linear(width, 5))  # fmt: skip
+
+
+def _norm_weight(w: int) -> nn.Module:
+    return Net(lambda n, x: n.head(F.relu(n.a(x))), a=weight_norm(conv(3, w)), head=conv(w, 5))
+
+
+IMAGE = (2, 3, 8, 8)
+CASES = [
+    Case("conv", lambda w: nn.Sequential(conv(3, w), nn.ReLU(), conv(w, 5)), IMAGE, [8]),
+    Case("conv 1d", lambda w: nn.Sequential(nn.Conv1d(3, w, 3), nn.ReLU(), nn.Conv1d(w, 5, 3)), (2, 3, 9), [8]),
+    Case("conv 3d", lambda w: nn.Sequential(nn.Conv3d(3, w, 2), nn.ReLU(), nn.Conv3d(w, 5, 2)), (2, 3, 4, 4, 4), [8]),
+    Case("dilated", lambda w: nn.Sequential(nn.Conv2d(3, w, 3, dilation=2), nn.Conv2d(w, 5, 2)), IMAGE, [8]),
+    Case("linear", lambda w: nn.Sequential(nn.Linear(6, w), nn.GELU(), nn.Linear(w, 5)), (3, 6), [8]),
+    Case("linear on tokens", lambda w: nn.Sequential(nn.Linear(6, w), nn.GELU(), nn.Linear(w, 5)), (2, 3, 6), [8]),
+    Case("batch norm", lambda w: nn.Sequential(conv(3, w), nn.BatchNorm2d(w), nn.ReLU(), conv(w, 5)), IMAGE, [8]),
+    Case("instance norm", lambda w: nn.Sequential(conv(3, w), nn.InstanceNorm2d(w, affine=True), conv(w, 5)), IMAGE, [8]),
+    Case("instance norm, statistics", lambda w: nn.Sequential(
+        conv(3, w), nn.InstanceNorm2d(w, affine=True, track_running_stats=True), conv(w, 5)), IMAGE, [8]),
+    Case("group norm", _group_norm, IMAGE, [4]),
+    Case("prelu", lambda w: nn.Sequential(conv(3, w), nn.PReLU(w), conv(w, 5)), IMAGE, [8]),
+    Case("prelu, one slope", lambda w: nn.Sequential(conv(3, w), nn.PReLU(), conv(w, 5)), IMAGE, [8]),
+    Case("depthwise", lambda w: nn.Sequential(conv(3, w), conv(w, w, groups=w), conv(w, 5)), IMAGE, [8]),
+    Case("depthwise, multiplier", lambda w: nn.Sequential(conv(3, w), conv(w, 2 * w, groups=w), conv(2 * w, 5)),
+         IMAGE, [8]),
+    Case("grouped", lambda w: _grouped(w, w), IMAGE, [4, 4, 4]),
+    Case("transposed", lambda w: nn.Sequential(conv(3, w), nn.ConvTranspose2d(w, w, 2, 2), nn.ReLU(), conv(w, 5)),
+         IMAGE, [8, 8]),
+    Case("transposed depthwise", lambda w: nn.Sequential(
+        conv(3, w), nn.ConvTranspose2d(w, w, 2, 2, groups=w), conv(w, 5)), IMAGE, [8]),
+    Case("pooling", lambda w: nn.Sequential(
+        conv(3, w), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 5)), IMAGE, [8]),
+    Case("flatten", lambda w: nn.Sequential(conv(3, w), nn.Flatten(), nn.Linear(w * 64, 5)), IMAGE, [8]),
+    Case("upsampling", lambda w: nn.Sequential(
+        conv(3, w), nn.Upsample(scale_factor=2, mode="bilinear"), conv(w, 5)), IMAGE, [8]),
+    Case("pixel shuffle", lambda w: nn.Sequential(conv(3, w), nn.PixelShuffle(2), conv(w // 4, 5)), IMAGE, [2]),
+    Case("pixel unshuffle", lambda w: nn.Sequential(conv(3, w), nn.PixelUnshuffle(2), conv(4 * w, 5)), IMAGE, [8]),
+    Case("residual", _residual, IMAGE, [8, 8]),
+    Case("option A", lambda w: _option_a(w, 2 * w, w // 2), IMAGE, [8, 8],
+         lambda: _option_a(4, 12, 4)),
+    Case("concat", lambda w: Net(
+        lambda n, x: n.head(torch.cat([n.a(x), F.relu(n.b(x))], 1)), a=conv(3, w), b=conv(3, 2 * w), head=conv(3 * w, 5)),
+        IMAGE, [8, 16]),
+    Case("stack and sum", lambda w: Net(
+        lambda n, x: n.head(torch.stack([n.a(x), n.b(x)], 1).sum(1)), a=conv(3, w), b=conv(3, w), head=conv(w, 5)),
+        IMAGE, [8]),
+    Case("chunk", lambda w: Net(
+        lambda n, x: n.head((h := n.a(x).chunk(2, 1))[0] * torch.sigmoid(h[1])), a=conv(3, 2 * w), head=conv(w, 5)),
+        IMAGE, [8]),
+    Case("glu", lambda w: nn.Sequential(conv(3, 2 * w), nn.GLU(1), conv(w, 5)), IMAGE, [8]),
+    Case("shuffle and chunk", _shuffle, IMAGE, [2, 2, 2, 2, 4]),
+    Case("channel shuffle", lambda w: nn.Sequential(conv(3, w), nn.ChannelShuffle(2), conv(w, 5)), IMAGE, [4, 4]),
+    Case("squeeze and excite", _se, IMAGE, [8, 4]),
+    Case("layer scale and buffer", _scaled, IMAGE, [8]),
+    Case("called twice", _shared, IMAGE, [8]),
+    Case("two layers", _tied, (3, 6), [8, 8]),
+    Case("token and position", _tokens, IMAGE, [8]),
+    Case("weight norm", _norm_weight, IMAGE, [8]),
+    Case("embedding", lambda w: nn.Sequential(nn.Embedding(9, w), nn.Linear(w, 5)), (2, 4), [8]),
+    Case("heads", lambda w: _transformer(6, Attention(6, w // 2, 3)), (2, 5, 6), [4]),
+    Case("heads, sdpa", lambda w: _transformer(6, Attention(6, w // 2, 3, style="sdpa")), (2, 5, 6), [4]),
+    Case("heads, einsum", lambda w: _transformer(6, Attention(6, w // 2, 3, style="einsum")), (2, 5, 6), [4]),
+    Case("heads, grouped queries", lambda w: _transformer(6, Attention(6, w, 3, kv_heads=w // 2)), (2, 5, 6), [4]),
+    Case("heads, one projection", lambda w: _transformer(6, FusedAttention(6, w // 2, 3)), (2, 5, 6), [4]),
+]  # fmt: skip
+
+
+def example(case: Case) -> Tensor:
+    """An input for a case."""
+    generator = torch.Generator().manual_seed(1)
+    if case.name == "embedding":
+        return torch.randint(0, 9, case.shape, generator=generator)
+    return torch.rand(case.shape, generator=generator)
