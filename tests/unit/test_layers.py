@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors", "times", "files", "environment", "prunable", "counting", "ranking"},
     {"masks", "scores", "selection", "ranking", "counting", "record", "costs"},
     {"channels"},
-    {"acceleration", "connectivity", "checkpoint", "export"},
+    {"acceleration", "connectivity", "checkpoint", "compact_files", "coverage", "export"},
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "reports"},

@@ -24,6 +24,13 @@ def functions(tree: ast.AST) -> list[Function]:
     return [node for node in ast.walk(tree) if isinstance(node, Function)]
 
 
+def tests_of(source: str) -> list[Function]:
+    """What pytest collects: functions of the module and of its Test classes, not methods that happen to begin so."""
+    body = ast.parse(source).body
+    body = body + [n for c in body if isinstance(c, ast.ClassDef) and c.name.startswith("Test") for n in c.body]
+    return [node for node in body if isinstance(node, Function) and node.name.startswith("test_")]
+
+
 def checks_itself(function: Function) -> bool:
     """Whether there is an assertion in it that is not one about a constant."""
     for node in ast.walk(function):
@@ -49,7 +56,9 @@ def without_assertion(sources: dict[str, str]) -> list[str]:
         if not more:
             break
         checking |= more
-    tests = [(file, f) for file, f in defined if f.name.startswith("test_") and Path(file).name.startswith("test_")]
+    tests = [
+        (file, f) for file, source in sources.items() if Path(file).name.startswith("test_") for f in tests_of(source)
+    ]
     return [f"{file}::{f.name}" for file, f in tests if not checks_itself(f) and not called[id(f)] & checking]
 
 
@@ -78,6 +87,13 @@ def test_every_test_asserts() -> None:
 def test_a_test_without_assertion_is_seen(body: str, vacuous: bool) -> None:
     helpers = "def helper():\n    print(1)\ndef check():\n    assert x == 1\ndef deep():\n    check()\n"
     assert (without_assertion({"helpers.py": helpers, "test_b.py": f"def test_it():\n    {body}\n"}) != []) == vacuous
+
+
+def test_tests_in_classes_are_seen() -> None:
+    method = "    def test_it(self):\n        print(1)\n"
+    assert without_assertion({"test_a.py": f"class TestIt:\n{method}"}) == ["test_a.py::test_it"]
+    assert without_assertion({"test_a.py": f"class Module:\n{method}"}) == []
+    assert without_assertion({"test_a.py": "async def test_it():\n    print(1)\n"}) == ["test_a.py::test_it"]
 
 
 def undocumented(source: str) -> Iterator[str]:
