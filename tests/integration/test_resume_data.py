@@ -319,6 +319,17 @@ def test_a_pending_stop_is_kept(tmp_path: Path, options: dict[str, Any]) -> None
     assert stopped
 
 
+def test_a_stop_asked_for_inside_an_epoch_is_kept(tmp_path: Path) -> None:
+    class AtBatch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.should_stop or args[-1] == 2
+
+    case = Case("stop", callbacks=lambda: [AtBatch()], options={"limit_val_batches": 0})
+    full = fit(case, tmp_path)
+    assert [event[2] for event in full.events if event[0] == "train"] == [0, 1, 2]
+    resume(case, tmp_path, full, full.saved[2])
+
+
 def test_a_stop_by_the_clock_is_not_kept(tmp_path: Path) -> None:
     class Now(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -47,6 +47,13 @@ class AsksForSteps(Net):
         return [optimizer], [{"scheduler": lr_scheduler.OneCycleLR(optimizer, 0.1, steps), "interval": "step"}]
 
 
+class DrawsFirst(Net):
+    """Draws random numbers between the first iterator and the first batch, as initialisation code may."""
+
+    def on_train_start(self) -> None:
+        torch.rand(3)
+
+
 def two_workers() -> tuple[Any, Any]:
     return noisy_loaders(num_workers=2)
 
@@ -67,6 +74,7 @@ CASES = [
     Case("validation by total batches", options={"check_val_every_n_epoch": None, "val_check_interval": 4}),
     Case("reloaded data", options={"reload_dataloaders_every_n_epochs": 1}),
     Case("data set up early", module=AsksForSteps),
+    Case("numbers drawn before the first batch", module=DrawsFirst),
     Case("a part of the data", options={"limit_train_batches": 4, "limit_val_batches": 1}),
     Case("workers", plateau, loaders=two_workers, options={"val_check_interval": 3}),
 ]
