@@ -24,9 +24,9 @@ def functions(tree: ast.AST) -> list[Function]:
     return [node for node in ast.walk(tree) if isinstance(node, Function)]
 
 
-def tests_of(source: str) -> list[Function]:
+def collected(tree: ast.Module) -> list[Function]:
     """What pytest collects: functions of the module and of its Test classes, not methods that happen to begin so."""
-    body = ast.parse(source).body
+    body = tree.body
     body = body + [n for c in body if isinstance(c, ast.ClassDef) and c.name.startswith("Test") for n in c.body]
     return [node for node in body if isinstance(node, Function) and node.name.startswith("test_")]
 
@@ -45,20 +45,18 @@ def checks_itself(function: Function) -> bool:
 
 def without_assertion(sources: dict[str, str]) -> list[str]:
     """Test functions that assert nothing, neither themselves nor in a function of the tests that they call."""
-    defined = [(file, function) for file, source in sources.items() for function in functions(ast.parse(source))]
+    trees = {file: ast.parse(source) for file, source in sources.items()}
+    defined = [function for tree in trees.values() for function in functions(tree)]
     called = {
-        id(f): {ast.unparse(n.func).rpartition(".")[2] for n in ast.walk(f) if isinstance(n, ast.Call)}
-        for _, f in defined
+        id(f): {ast.unparse(n.func).rpartition(".")[2] for n in ast.walk(f) if isinstance(n, ast.Call)} for f in defined
     }
-    checking = {f.name for _, f in defined if checks_itself(f)}
+    checking = {f.name for f in defined if checks_itself(f)}
     while True:
-        more = {f.name for _, f in defined if f.name not in checking and called[id(f)] & checking}
+        more = {f.name for f in defined if f.name not in checking and called[id(f)] & checking}
         if not more:
             break
         checking |= more
-    tests = [
-        (file, f) for file, source in sources.items() if Path(file).name.startswith("test_") for f in tests_of(source)
-    ]
+    tests = [(file, f) for file, tree in trees.items() if Path(file).name.startswith("test_") for f in collected(tree)]
     return [f"{file}::{f.name}" for file, f in tests if not checks_itself(f) and not called[id(f)] & checking]
 
 
