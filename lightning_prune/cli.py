@@ -1,8 +1,10 @@
 """The command ``lightning-prune``: LightningCLI's subcommands (fit, validate, test, predict) on recipes."""
 
+import importlib
 import pickle
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ import lightning_prune.experiments  # noqa: F401  (its classes can then be named
 from lightning_prune.callbacks import IterativeMagnitudePruner
 from lightning_prune.errors import FileFormatError, PruneError
 from lightning_prune.record import JSON_NAME, RunRecord
+
+
+COMMANDS = {"report": "lightning_prune.reports.command"}
+"""Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -112,11 +118,22 @@ def closing_lines(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _own_command(name: str) -> Callable[[list[str]], None] | None:
+    """Our own commands, imported when they are called."""
+    module = COMMANDS.get(name)
+    return None if module is None else importlib.import_module(module).main
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command; an error that this library or Lightning raises on purpose is one message and exit code 1."""
+    words = sys.argv[1:] if args is None else args
     # lightning's own use of torch, which torch 2.14 announces to change; nothing a user of the command can act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
+        own = _own_command(words[0]) if words else None
+        if own is not None:
+            own(words[1:])
+            return
         PruneCLI(
             save_config_callback=SaveRecipe,
             subclass_mode_model=True,
