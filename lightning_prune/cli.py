@@ -19,7 +19,6 @@ from lightning_prune.callbacks import IterativeMagnitudePruner
 from lightning_prune.errors import FileFormatError, PruneError
 from lightning_prune.record import JSON_NAME, RunRecord
 
-
 COMMANDS = {"report": "lightning_prune.reports.command"}
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
 
@@ -81,7 +80,7 @@ class PruneCLI(LightningCLI):
 
     def _say(self, text: str) -> None:
         if self.trainer.is_global_zero:
-            print(text)  # noqa: T201
+            print(text)
 
 
 def check_checkpoint(path: Path) -> None:
@@ -96,7 +95,9 @@ def check_checkpoint(path: Path) -> None:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise FileFormatError(f"--ckpt_path {path} is damaged or no checkpoint of tensors and plain values: {reason}") from error
+        raise FileFormatError(
+            f"--ckpt_path {path} is damaged or no checkpoint of tensors and plain values: {reason}"
+        ) from error
 
 
 def closing_lines(folder: Path) -> str:
@@ -142,9 +143,8 @@ def main(args: list[str] | None = None) -> None:
             args=args,
         )
     except (PruneError, MisconfigurationException, OSError) as error:
-        print(f"lightning-prune: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"lightning-prune: {type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-
 
 
 if __name__ == "__main__":

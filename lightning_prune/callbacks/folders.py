@@ -5,6 +5,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 
+def tries_out(trainer: pl.Trainer) -> bool:
+    """Whether the trainer runs a few batches only to see that they run (``fast_dev_run``)."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 def run_folder(trainer: pl.Trainer) -> Path | None:
     """The folder of this run: its first logger's, the one beside ModelCheckpoint's ``checkpoints``.
 
@@ -12,7 +17,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
         The folder, the same on every rank; ``None`` where the trainer has no logger or only tries out
         (``fast_dev_run``): then nothing is written.
     """
-    if not trainer.loggers or trainer.fast_dev_run:
+    if not trainer.loggers or tries_out(trainer):
         return None
     logger = trainer.loggers[0]
     folder = getattr(logger, "log_dir", None)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_prune.callbacks import monitors
 from lightning_prune.callbacks.enforce import MaskEnforcer
 from lightning_prune.callbacks.events import PruneEvent, send_prune_event, send_rewinding_point
+from lightning_prune.callbacks.folders import tries_out
 from lightning_prune.callbacks.recorder import RoundRecorder
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_schedule_length
 from lightning_prune.callbacks.rounds import RoundSchedule
@@ -129,7 +130,9 @@ class IterativeMagnitudePruner(Callback):
         self.counting = counting
         self.round_length = None if round_length is None else TrainTime.parse(round_length, "round_length")
         if self.round_length is not None and self.round_length.unit == "%":
-            raise ConfigError(f"round_length='{self.round_length}': a length is in epochs ('10ep') or steps ('5000st').")
+            raise ConfigError(
+                f"round_length='{self.round_length}': a length is in epochs ('10ep') or steps ('5000st')."
+            )
         self.control = control
         self.masks_from = None if masks_from is None else Path(masks_from)
         self.seed = seed
@@ -159,7 +162,9 @@ class IterativeMagnitudePruner(Callback):
         """The rewinding point that the callbacks beside this one agree on."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if sum(getattr(callback, "sends_prune_events", False) for callback in callbacks) > 1:
-            raise ConfigError("two pruners in one trainer would cut the same parameters at each other's back; keep one.")
+            raise ConfigError(
+                "two pruners in one trainer would cut the same parameters at each other's back; keep one."
+            )
         if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
             raise ConfigError(
                 "StochasticWeightAveraging changes the Trainer's length and schedules itself, as rounds do. "
@@ -170,7 +175,7 @@ class IterativeMagnitudePruner(Callback):
             found = [callback for callback in callbacks if isinstance(callback, kind)]
             if len(found) > 1:
                 raise ConfigError(f"{len(found)} {kind.__name__} callbacks would undo each other; keep one.")
-            points |= {kind: callback.to for callback in found}
+            points.update((kind, callback.to) for callback in found)
         starts = {point if point.value else TrainTime.parse("0st") for point in points.values()}
         if len(starts) > 1:
             raise ConfigError(
@@ -187,7 +192,7 @@ class IterativeMagnitudePruner(Callback):
             matching(pattern, self._parameters, "rates")
         schedule.start(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LRRewind) and callback.check_length and not trainer.fast_dev_run:
+            if isinstance(callback, LRRewind) and callback.check_length and not tries_out(trainer):
                 check_schedule_length(trainer, schedule.total_steps, schedule.epochs)
         self._check_frequencies(trainer)
         self._enforcer.attach(
@@ -299,7 +304,9 @@ class IterativeMagnitudePruner(Callback):
                 for name, p in self._parameters.items()
             }
             remove = {name: int(before[name].sum() - masks[name].sum()) for name in masks}
-            masks = select(scores, remove=remove, scope="layer", within=before.to("cpu")).to(next(iter(before.values())).device)
+            masks = select(scores, remove=remove, scope="layer", within=before.to("cpu")).to(
+                next(iter(before.values())).device
+            )
         return masks
 
     def _masks_of_ticket(self, before: MaskSet, round: int) -> MaskSet:  # noqa: A002
@@ -310,7 +317,8 @@ class IterativeMagnitudePruner(Callback):
         masks = load_ticket(path).masks.to(next(iter(before.values())).device)
         if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in before.items()}:
             raise MaskMismatchError(
-                f"{path} holds masks of another network: {', '.join(sorted(masks))}; expected {', '.join(sorted(before))}."
+                f"{path} holds masks of another network: {', '.join(sorted(masks))}; "
+                f"expected {', '.join(sorted(before))}."
             )
         return masks
 
@@ -326,7 +334,9 @@ class IterativeMagnitudePruner(Callback):
             for config in trainer.lr_scheduler_configs:
                 config.frequency = _NEVER_STEPPED
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Tell the rewinders when round 0 reaches their point."""
         position = self._running.at_rewinding_point(trainer, batch_idx)
         if position is not None:
@@ -446,7 +456,9 @@ def _check_fraction(name: str, value: Any, zero: bool = False) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     if not good or not (0 <= value < 1) or (value == 0 and not zero):
         low = "[0, 1)" if zero else "(0, 1)"
-        raise ConfigError(f"{name}={value!r}: expected the fraction of the remaining weights that a cut removes, in {low}.")
+        raise ConfigError(
+            f"{name}={value!r}: expected the fraction of the remaining weights that a cut removes, in {low}."
+        )
 
 
 def _gradients_may_change(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
@@ -469,6 +481,6 @@ def _compare_ranks(masks: MaskSet) -> None:
     torch.distributed.all_gather_object(digests, masks.digest())
     if len(set(digests)) > 1:
         raise PruneError(
-            f"processes chose different masks (digests {', '.join(d[:8] for d in digests)}): their weights have drifted "
-            "apart. Check that the module draws no process's own random numbers into its weights."
+            f"processes chose different masks (digests {', '.join(d[:8] for d in digests)}): their weights have "
+            "drifted apart. Check that the module draws no process's own random numbers into its weights."
         )

@@ -1,11 +1,11 @@
-"""What watches metrics starts anew in each round: ModelCheckpoint's best, EarlyStopping's patience, averaged weights."""
+"""What watches metrics starts anew in each round: ModelCheckpoint's best, EarlyStopping's patience, averages."""
 
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.masks import MaskSet
 
@@ -75,11 +75,13 @@ def cut_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Mask
         average = getattr(callback, "_average_model", None)
         if not isinstance(average, nn.Module):
             continue
-        copy = average.module
+        copy, count = average.module, average.n_averaged
+        assert isinstance(copy, nn.Module)
+        assert isinstance(count, Tensor)
         if rewound:
             copy.load_state_dict(pl_module.state_dict())
-            average.n_averaged.zero_()  # type: ignore[union-attr,operator]
-        masks.apply_(copy)  # type: ignore[arg-type]
+            count.zero_()
+        masks.apply_(copy)
 
 
 def _all(trainer: pl.Trainer, kind: type) -> list[Any]:

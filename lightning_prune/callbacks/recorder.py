@@ -84,7 +84,9 @@ class RoundRecorder:
                 f"{', '.join(self._metrics) or 'none'}. The table and the record go without it."
             )
             self._monitor = None
-        elif self._best is None or (value > self._best["value"] if self._mode == "max" else value < self._best["value"]):
+        elif self._best is None or (
+            value > self._best["value"] if self._mode == "max" else value < self._best["value"]
+        ):
             self._best = {
                 "step": schedule.steps_done(trainer),
                 "epoch": schedule.epochs_done(trainer),
@@ -139,10 +141,10 @@ class RoundRecorder:
         lines.append(row_text(row, self._monitor, self.record.rounds[0]))
         bar = trainer.progress_bar_callback
         for line in lines:
-            if bar is not None and bar.is_enabled:
+            if bar is not None and getattr(bar, "is_enabled", True):
                 bar.print(line)
             else:
-                print(line)  # noqa: T201
+                print(line)
 
     def _write(self, trainer: pl.Trainer) -> None:
         if self.folder is not None and self.record is not None and trainer.is_global_zero:

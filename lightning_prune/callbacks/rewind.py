@@ -90,9 +90,7 @@ class WeightRewind(Callback):
 
     prune_order = 0
 
-    def __init__(
-        self, to: str = "0st", optimizer_state: str = "restore", reinit: bool = False, seed: int = 0
-    ) -> None:
+    def __init__(self, to: str = "0st", optimizer_state: str = "restore", reinit: bool = False, seed: int = 0) -> None:
         _check_choice("optimizer_state", optimizer_state, OPTIMIZER_STATE)
         self.to = TrainTime.parse(to, "WeightRewind(to)")
         self.optimizer_state = optimizer_state
@@ -175,8 +173,8 @@ class LRRewind(Callback):
     State saved: scheduler states and parameter-group fields of the rewinding point.
 
     Raises:
-        ConfigError: A time that cannot be read; in ``setup``: no pruner beside it; in ``on_fit_start``: a schedule whose
-            length is not one training's, or a reduce-on-plateau scheduler with a rewinding point inside an epoch.
+        ConfigError: A time that cannot be read; in ``setup``: no pruner beside it; in ``on_fit_start``: a schedule
+            whose length is not one training's, or a reduce-on-plateau scheduler with a rewinding point inside an epoch.
 
     Limits:
         Under manual optimisation the module itself steps its schedulers; their state is restored all the same.
@@ -325,4 +323,3 @@ def _restore_group(group: dict[str, Any], saved: dict[str, Any]) -> None:
             group[key].copy_(value)  # a learning rate held as a tensor is read by compiled steps: same object
         else:
             group[key] = deepcopy(value)
-

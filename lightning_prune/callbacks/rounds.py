@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_prune.callbacks.events import Position
+from lightning_prune.callbacks.folders import tries_out
 from lightning_prune.errors import ConfigError
 from lightning_prune.times import TrainTime
 
@@ -57,7 +58,7 @@ class RoundSchedule:
             "min_steps": epoch_loop.min_steps,
             "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
         }
-        if self.length is not None and not trainer.fast_dev_run:
+        if self.length is not None and not tries_out(trainer):
             in_epochs = self.length.unit == "ep"
             fit_loop.max_epochs = int(self.length.value) if in_epochs else -1
             epoch_loop.max_steps = -1 if in_epochs else int(self.length.value)
@@ -80,12 +81,16 @@ class RoundSchedule:
         self.total_steps = 0 if math.isinf(total) else int(total)
         self.epochs = None if fit_loop.max_epochs in (-1, None) else fit_loop.max_epochs
         self._steps = None if epoch_loop.max_steps == -1 else epoch_loop.max_steps
-        if self._steps is not None and self._steps_per_epoch is not None and trainer.lightning_module.automatic_optimization:
+        if (
+            self._steps is not None
+            and self._steps_per_epoch is not None
+            and trainer.lightning_module.automatic_optimization
+        ):
             full, rest = divmod(min(self._steps, self.total_steps), self._steps_per_epoch)
             self.epochs = full + (rest > 0)
             if rest == 0:
                 self._steps = None
-        if trainer.fast_dev_run:
+        if tries_out(trainer):
             self.rewind_to = None if self.rewind_to is None else TrainTime.parse("0st")
         self._check_rewinding_point(trainer)
         epoch_loop.max_steps = -1
@@ -245,9 +250,10 @@ class RoundSchedule:
                 trainer.val_check_batch = interval
             else:
                 trainer.val_check_batch = math.inf if math.isinf(batches) else max(1, int(batches * interval))
-        if self.round < self.rounds and any(isinstance(c, EarlyStopping) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            if not trainer.should_stop or self._round_may_end(trainer):
-                trainer.fit_loop.min_epochs = _FOREVER
+        stoppers = any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        round_ends = not trainer.should_stop or self._round_may_end(trainer)
+        if self.round < self.rounds and stoppers and round_ends:
+            trainer.fit_loop.min_epochs = _FOREVER
 
     def on_train_epoch_start(self, trainer: pl.Trainer) -> None:
         """Put the minimum back that :meth:`on_train_epoch_end` moved out of the way."""

@@ -64,7 +64,9 @@ def fit(task: Task, batches: list[Any], callbacks: list[Any], epochs: int) -> di
     return steps.seconds
 
 
-def compare(network: Callable[[], nn.Module], optimizer: Any, batches: list[Any], repeats: int) -> dict[str, list[float]]:
+def compare(
+    network: Callable[[], nn.Module], optimizer: Any, batches: list[Any], repeats: int
+) -> dict[str, list[float]]:
     """Median step of each arm, once a repeat: dense and masked in one fit, then Lightning's callback in one."""
     medians: dict[str, list[float]] = {"dense": [], "ours": [], "ModelPruning": []}
     for _ in range(repeats):
@@ -82,7 +84,9 @@ def report(title: str, medians: dict[str, list[float]]) -> float:
     for arm in ("ours", "ModelPruning"):
         ratios[arm] = statistics.median(a / d for a, d in zip(medians[arm], medians["dense"], strict=True))
     dense = 1e3 * statistics.median(medians["dense"])
-    print(f"\n{title}: dense step {dense:.2f} ms; ours x{ratios['ours']:.3f}, ModelPruning x{ratios['ModelPruning']:.3f}")
+    print(
+        f"\n{title}: dense step {dense:.2f} ms; ours x{ratios['ours']:.3f}, ModelPruning x{ratios['ModelPruning']:.3f}"
+    )
     return ratios["ours"]
 
 

@@ -204,7 +204,9 @@ def test_full_disk_while_a_ticket_is_written(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     run = trainer(tmp_path, [prune(), WeightRewind("0st"), TicketWriter()], max_epochs=1)
-    monkeypatch.setattr("lightning_prune.files.os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "lightning_prune.files.os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises((PruneError, OSError), match="No space left"):
         run.fit(ToyModule(), *loaders())
     assert not list(tmp_path.rglob("*.safetensors"))

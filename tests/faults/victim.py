@@ -1,4 +1,4 @@
-"""A run that kills itself: ``python -m tests.faults.victim FOLDER KILL_AT [SEED]``; resumes when FOLDER has a checkpoint.
+"""A run that kills itself: ``python -m tests.faults.victim FOLDER KILL_AT [SEED]``; resumes from FOLDER's checkpoint.
 
 KILL_AT is the number of training batches after which this process sends itself SIGKILL (0: never). A finished run
 leaves ``end.pt``: weights, optimizer, masks, learning rates.
@@ -38,7 +38,7 @@ class Augmented(Dataset):
         return len(self.x)
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        noise = 0.1 * torch.randn(12) + random.gauss(0, 0.1) + float(np.random.randn()) * 0.1
+        noise = 0.1 * torch.randn(12) + random.gauss(0, 0.1) + float(np.random.randn()) * 0.1  # noqa: NPY002
         return self.x[i] + noise.float(), self.y[i]
 
 

@@ -195,7 +195,9 @@ class Gan(pl.LightningModule):
         for i, optimizer in enumerate(self.optimizers()):
             fake = self.generator(torch.randn(len(x), 4))
             logits = self.critic(fake)[:, 0]
-            loss = F.softplus(-logits).mean() if i == 0 else F.softplus(logits).mean() - self.critic(x)[:, 0].mean() * 0.01
+            loss = (
+                F.softplus(-logits).mean() if i == 0 else F.softplus(logits).mean() - self.critic(x)[:, 0].mean() * 0.01
+            )
             optimizer.zero_grad()
             self.manual_backward(loss)
             optimizer.step()
@@ -363,7 +365,9 @@ SCHEDULERS = {
     "multiplicative": lambda o: lrs.MultiplicativeLR(o, lambda n: 0.8),
     "cyclic": lambda o: lrs.CyclicLR(o, 0.01, 0.1, step_size_up=2),
     "one_cycle": lambda o: lrs.OneCycleLR(o, 0.1, total_steps=4),
-    "sequential": lambda o: lrs.SequentialLR(o, [lrs.LinearLR(o, 0.1, total_iters=1), lrs.CosineAnnealingLR(o, 3)], [1]),
+    "sequential": lambda o: lrs.SequentialLR(
+        o, [lrs.LinearLR(o, 0.1, total_iters=1), lrs.CosineAnnealingLR(o, 3)], [1]
+    ),
     "chained": lambda o: lrs.ChainedScheduler([lrs.LinearLR(o, 0.1, total_iters=2), lrs.ExponentialLR(o, 0.9)]),
 }
 
@@ -415,7 +419,9 @@ def test_random_reinitialisation_and_random_pruning_controls(tmp_path: Path) -> 
     prune = pruner(masks_from=tickets)
     second = ToyModule()
     fit(tmp_path / "b", second, [prune, WeightRewind("0st", reinit=True), LRRewind("0st"), TicketWriter()])
-    ours, theirs = (load_ticket(t / "tickets" / "round-02.safetensors") for t in (tickets, tmp_path / "b/run/version_0"))
+    ours, theirs = (
+        load_ticket(t / "tickets" / "round-02.safetensors") for t in (tickets, tmp_path / "b/run/version_0")
+    )
     assert ours.masks == theirs.masks
     name = "network.0.weight"
     assert not torch.equal(ours.weights[name], theirs.weights[name])

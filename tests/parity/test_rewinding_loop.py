@@ -31,7 +31,10 @@ def one_cycle(module: nn.Module) -> dict[str, Any]:
 
 def cosine_adam(module: nn.Module) -> dict[str, Any]:
     optimizer = Adam(module.parameters(), lr=1e-2)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, EPOCHS), "interval": "epoch"}}
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, EPOCHS), "interval": "epoch"},
+    }
 
 
 def plain_loop(configure: Any, weights: bool, schedule: bool, k: int) -> tuple[nn.Module, list[float]]:
@@ -89,8 +92,6 @@ def plain_loop(configure: Any, weights: bool, schedule: bool, k: int) -> tuple[n
                         value[torch.from_numpy(~masks[n])] = 0
         start = k if weights or schedule else 0
     return network, rates
-
-
 
 
 @pytest.mark.parametrize("configure", [multistep, one_cycle, cosine_adam])
