@@ -222,9 +222,9 @@ class ResumeState:
         if state is not None:
             fit_loop = trainer.fit_loop
             check_data(trainer, state["data"], state["position"])
-            fit_loop._last_train_dl_reload_epoch, fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = state[
-                "reloads"
-            ]
+            train_reload, val_reload = state["reloads"]
+            fit_loop._last_train_dl_reload_epoch = train_reload
+            fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch = val_reload
             if state["position"] == BETWEEN_EPOCHS:
                 self._pending = None
                 self._load_pending_loader_states()

@@ -123,7 +123,7 @@ class Net(pl.LightningModule):
         self.events: list[tuple[Any, ...]] = []
 
     def weights(self) -> Tensor:
-        return torch.cat([parameter.detach().flatten() for parameter in self.network.parameters()])
+        return torch.cat([parameter.detach().flatten().cpu() for parameter in self.network.parameters()])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         x, y = batch
@@ -133,7 +133,8 @@ class Net(pl.LightningModule):
         self.log("worst", loss, on_step=False, on_epoch=True, reduce_fx="max")
         self.log("mean_loss", self.mean_loss, on_step=False, on_epoch=True)
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.events.append(("train", self.current_epoch, batch_idx, x.double().sum().item(), loss.item(), lr))
+        seen = (x.double().sum().item(), loss.item(), lr, self.trainer.is_last_batch)
+        self.events.append(("train", self.current_epoch, batch_idx, *seen))
         if not self.case.manual:
             return loss
         optimizer = self.optimizers()

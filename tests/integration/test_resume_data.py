@@ -103,6 +103,13 @@ def test_a_loader_that_is_no_dataloader(tmp_path: Path) -> None:
     check_all(Case("own", loaders=lambda: (InMemory(), noisy_loaders()[1])), tmp_path)
 
 
+def test_data_are_reloaded_in_the_same_epochs(tmp_path: Path) -> None:
+    """A reload draws an iterator more, which is seen with a loader that draws its order there."""
+    options = {"reload_dataloaders_every_n_epochs": 2, "max_epochs": 4}
+    case = Case("reloaded", loaders=lambda: (InMemory(), noisy_loaders()[1]), options=options)
+    check_all(case, tmp_path, ("on_train_epoch_end",))
+
+
 class Stateful:
     """A loader that Lightning restores by ``state_dict``: its order comes from its own seed and epoch."""
 
@@ -461,6 +468,12 @@ def test_the_first_epoch_can_begin_later(tmp_path: Path) -> None:
 def test_beginning_beyond_the_epoch_is_refused(tmp_path: Path, batches: int, given: int) -> None:
     with pytest.raises(ConfigError, match=f"begin at its batch {batches}, but it has only {given} batches"):
         fit(Case("skip"), tmp_path, owners=skip(batches), hooks=())
+
+
+@pytest.mark.gpu
+def test_generators_of_a_gpu_go_on(tmp_path: Path) -> None:
+    """Dropout there draws from CUDA's generator; a network this small is summed up in the same order each time."""
+    check_all(Case("gpu", options={"accelerator": "gpu", "devices": 1, "deterministic": "warn"}), tmp_path)
 
 
 # several processes
