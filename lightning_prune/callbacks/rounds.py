@@ -41,6 +41,7 @@ class RoundSchedule:
         self.rewound: Position | None = None
         self.stopped_early = False
         self._users: dict[str, Any] | None = None
+        self._intervals: tuple[Any, Any] | None = None  # between validations, while one is forced
         self.epochs: int | None = None  # of one training, the last one perhaps cut short
         self._steps: int | None = None  # of one training, where it ends inside an epoch or epochs have no length
         self.total_steps = 0
@@ -56,7 +57,6 @@ class RoundSchedule:
             "min_epochs": fit_loop.min_epochs,
             "max_steps": epoch_loop.max_steps,
             "min_steps": epoch_loop.min_steps,
-            "check_val_every_n_epoch": trainer.check_val_every_n_epoch,
         }
         if self.length is not None and not tries_out(trainer):
             in_epochs = self.length.unit == "ep"
@@ -159,7 +159,6 @@ class RoundSchedule:
             trainer.fit_loop.min_epochs = self._users["min_epochs"]
             trainer.fit_loop.epoch_loop.max_steps = self._users["max_steps"]
             trainer.fit_loop.epoch_loop.min_steps = self._users["min_steps"]
-            trainer.check_val_every_n_epoch = self._users["check_val_every_n_epoch"]
             self._users = None
 
     # ---------------------------------------------------------------- position
@@ -219,37 +218,32 @@ class RoundSchedule:
 
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """After a resume: a checkpoint of a round's last batch goes on with the validation that ends the round."""
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.is_last_batch and progress.current.ready > 0:
-            self._validate_now(trainer)
+        epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+        if epoch.ready > epoch.processed and batch.is_last_batch and batch.current.ready > 0:
+            self._end_with_validation(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer) -> None:
         """End the epoch with the round, and see that a round's last epoch is validated."""
-        last_epoch = self.epochs is not None and self.epochs_done(trainer) + 1 >= self.epochs
         if self._is_steps_end(trainer):
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
             if self.round == self.rounds:
                 trainer.fit_loop.max_epochs = trainer.current_epoch + 1
-            self._validate_now(trainer)
-        elif last_epoch and trainer.is_last_batch:
-            self._validate_now(trainer)
+        if trainer.is_last_batch:
+            self._end_with_validation(trainer)
 
-    def _validate_now(self, trainer: pl.Trainer) -> None:
-        if trainer.enable_validation:
+    def _end_with_validation(self, trainer: pl.Trainer) -> None:
+        """At a round's last batch, validate now, whatever the interval between validations."""
+        last_epoch = self.epochs is not None and self.epochs_done(trainer) + 1 >= self.epochs
+        if trainer.enable_validation and (last_epoch or self._is_steps_end(trainer)):
+            self._intervals = (trainer.check_val_every_n_epoch, trainer.val_check_batch)
             trainer.check_val_every_n_epoch = 1
             trainer.val_check_batch = trainer.fit_loop.batch_idx + 1
 
     def on_train_epoch_end(self, trainer: pl.Trainer) -> None:
         """Undo a forced validation; keep EarlyStopping, which may speak after this hook, from ending the fit."""
-        assert self._users is not None
-        if trainer.enable_validation:
-            every = self._users["check_val_every_n_epoch"]
-            interval, batches = trainer.val_check_interval, trainer.num_training_batches
-            trainer.check_val_every_n_epoch = every
-            if isinstance(interval, int):
-                trainer.val_check_batch = interval
-            else:
-                trainer.val_check_batch = math.inf if math.isinf(batches) else max(1, int(batches * interval))
+        if self._intervals is not None:
+            trainer.check_val_every_n_epoch, trainer.val_check_batch = self._intervals
+            self._intervals = None
         stoppers = any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         round_ends = not trainer.should_stop or self._round_may_end(trainer)
         if self.round < self.rounds and stoppers and round_ends:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_prune import IterativeMagnitudePruner, LRRewind, TicketWriter, WeightRewind
 from tests._helpers.models import ToyModule, toy_data, toy_network
 
-EPOCHS, BATCHES, ROUNDS = 3, 12, 2
+EPOCHS, ROUNDS = 3, 2
 
 
 class Augmented(Dataset):
@@ -52,9 +52,9 @@ class Killer(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def configure(net: torch.nn.Module) -> Any:
+def configure(net: torch.nn.Module, steps: int) -> Any:
     optimizer = SGD(net.parameters(), 0.1, momentum=0.9)
-    scheduler = OneCycleLR(optimizer, 0.2, total_steps=EPOCHS * BATCHES)
+    scheduler = OneCycleLR(optimizer, 0.2, total_steps=steps)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -62,22 +62,28 @@ def main(folder: Path, kill_at: int, seed: int = 0) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     pl.seed_everything(seed, verbose=False)
-    module = ToyModule(toy_network(seed=seed, dropout=0.2), configure)
     prune = IterativeMagnitudePruner(0.3, ROUNDS, verbose=False, monitor="val_loss", mode="min")
+    # one kind of run is EPOCHS epochs long, the other ends inside an epoch and validates every five batches
+    whole = seed == 0
+    steps = 36 if whole else 31
+    module = ToyModule(toy_network(seed=seed, dropout=0.2), lambda net: configure(net, steps))
+    inside = {"max_steps": steps, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    length: dict[str, Any] = {"max_epochs": EPOCHS} if whole else inside
+    to = "40%" if whole else "45%"  # step 14 of both
     home = folder / "run" / "v"
     files = home / "checkpoints"
     saver = ModelCheckpoint(files, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     at_end = ModelCheckpoint(files, filename="{epoch}-end", save_top_k=-1, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=EPOCHS,
+        **length,
         logger=CSVLogger(folder, name="run", version="v"),
-        callbacks=[prune, WeightRewind("40%"), LRRewind("40%"), TicketWriter(), Killer(kill_at), saver, at_end],
+        callbacks=[prune, WeightRewind(to), LRRewind(to), TicketWriter(), Killer(kill_at), saver, at_end],
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    train = DataLoader(Augmented(), 8, shuffle=True, num_workers=2 if seed == 0 else 0)
+    train = DataLoader(Augmented(), 8, shuffle=True, num_workers=2 if whole else 0)
     found = sorted(files.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
     trainer.fit(module, train, DataLoader(toy_data(32, seed=1), 16), ckpt_path=found[-1] if found else None)
     end = {
