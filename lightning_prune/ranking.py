@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_prune.errors import SelectionError
 
-_PIECE = 2**18  # entries; 1 MiB of float32, so that a piece stays in the cache from one operation to the next
+_PIECE = 2**20  # entries; small enough to stay in a cache between operations, large enough to make their overhead small
 _BUCKETS = 2**16
 
 
