@@ -6,11 +6,16 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.company import (
+    compare_ranks,
+    describe_rewinders,
+    gradients_may_change,
+    rewinding_point,
+)
 from lightning_prune.callbacks.enforce import MaskEnforcer
 from lightning_prune.callbacks.events import PruneEvent, send_prune_event, send_rewinding_point
 from lightning_prune.callbacks.folders import tries_out
@@ -20,7 +25,7 @@ from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.checkpoint import load_ticket
 from lightning_prune.counting import RULES
-from lightning_prune.errors import ConfigError, MaskMismatchError, PruneError, ResumeError
+from lightning_prune.errors import ConfigError, MaskMismatchError, ResumeError
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import close_names, matching, prunable_parameters
 from lightning_prune.resume import ResumeState
@@ -154,35 +159,9 @@ class IterativeMagnitudePruner(Callback):
         if stage != "fit":
             return
         self._loaded, self.masks = None, None
-        self._schedule = RoundSchedule(self.rounds, self.round_length, self._check_company(trainer))
+        self._schedule = RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer))
         self._schedule.prepare(trainer)
         self._resume.attach(trainer)
-
-    def _check_company(self, trainer: pl.Trainer) -> TrainTime | None:
-        """The rewinding point that the callbacks beside this one agree on."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(getattr(callback, "sends_prune_events", False) for callback in callbacks) > 1:
-            raise ConfigError(
-                "two pruners in one trainer would cut the same parameters at each other's back; keep one."
-            )
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
-            raise ConfigError(
-                "StochasticWeightAveraging changes the Trainer's length and schedules itself, as rounds do. "
-                "Use lightning's WeightAveraging or EMAWeightAveraging instead; averaged copies stay sparse."
-            )
-        points: dict[type, TrainTime] = {}
-        for kind in (WeightRewind, LRRewind):
-            found = [callback for callback in callbacks if isinstance(callback, kind)]
-            if len(found) > 1:
-                raise ConfigError(f"{len(found)} {kind.__name__} callbacks would undo each other; keep one.")
-            points.update((kind, callback.to) for callback in found)
-        starts = {point if point.value else TrainTime.parse("0st") for point in points.values()}
-        if len(starts) > 1:
-            raise ConfigError(
-                f"WeightRewind(to='{points[WeightRewind]}') and LRRewind(to='{points[LRRewind]}') differ: a round has "
-                "one starting point. Give both the same time, in the same unit."
-            )
-        return starts.pop() if starts else None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what to prune, read the length of one training, raise the limit to hold all rounds."""
@@ -198,14 +177,17 @@ class IterativeMagnitudePruner(Callback):
         self._enforcer.attach(
             self._parameters,
             trainer.optimizers,
-            every_step=_gradients_may_change(trainer, pl_module),
+            every_step=gradients_may_change(trainer, pl_module),
             manual=not pl_module.automatic_optimization,
         )
         if self._loaded is None:
             self.masks = MaskSet({name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()})
         else:
             self._check_masks_fit()
-        self._recorder.start(trainer, self._describe(trainer), resumed=self._loaded is not None)
+        own = {"rounds": self.rounds} | self._hyper_parameters()
+        self._recorder.start(
+            trainer, {type(self).__name__: own} | describe_rewinders(trainer), resumed=self._loaded is not None
+        )
         monitors.name_checkpoints(trainer, schedule.round, self._names)
 
     def _check_frequencies(self, trainer: pl.Trainer) -> None:
@@ -268,7 +250,7 @@ class IterativeMagnitudePruner(Callback):
         assert self.masks is not None
         before = self.masks
         masks = self._choose(before, schedule.round + 1)
-        _compare_ranks(masks)
+        compare_ranks(masks)
         self._recorder.end_round(trainer, schedule, before)
         schedule.next_round(trainer)
         self.masks = masks
@@ -410,17 +392,6 @@ class IterativeMagnitudePruner(Callback):
             "seed": self.seed,
         }
 
-    def _describe(self, trainer: pl.Trainer) -> dict[str, Any]:
-        """The method as the record names it: this callback and the rewinders with what they were given."""
-        method: dict[str, Any] = {type(self).__name__: {"rounds": self.rounds} | self._hyper_parameters()}
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightRewind):
-                settings: dict[str, Any] = {"to": str(callback.to), "optimizer_state": callback.optimizer_state}
-                method["WeightRewind"] = settings | {"reinit": callback.reinit, "seed": callback.seed}
-            elif isinstance(callback, LRRewind):
-                method["LRRewind"] = {"to": str(callback.to), "optimizer_state": callback.optimizer_state}
-        return method
-
     def state_dict(self) -> dict[str, Any]:
         """Masks, position, record, generators and data position."""
         return {
@@ -458,29 +429,4 @@ def _check_fraction(name: str, value: Any, zero: bool = False) -> None:
         low = "[0, 1)" if zero else "(0, 1)"
         raise ConfigError(
             f"{name}={value!r}: expected the fraction of the remaining weights that a cut removes, in {low}."
-        )
-
-
-def _gradients_may_change(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Whether code of the user's sees gradients after they were masked and could write to them."""
-    hooks = ("on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
-    if any(is_overridden(hook, pl_module) for hook in hooks):
-        return True
-    return any(
-        is_overridden("on_before_optimizer_step", callback, parent=Callback)
-        and not type(callback).__module__.startswith(("lightning_prune.", "lightning."))
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-    )
-
-
-def _compare_ranks(masks: MaskSet) -> None:
-    """Stop where processes would go on with different masks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, masks.digest())
-    if len(set(digests)) > 1:
-        raise PruneError(
-            f"processes chose different masks (digests {', '.join(d[:8] for d in digests)}): their weights have "
-            "drifted apart. Check that the module draws no process's own random numbers into its weights."
         )
