@@ -219,7 +219,8 @@ class RoundSchedule:
     def on_train_start(self, trainer: pl.Trainer) -> None:
         """After a resume: a checkpoint of a round's last batch goes on with the validation that ends the round."""
         epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
-        if epoch.ready > epoch.processed and batch.is_last_batch and batch.current.ready > 0:
+        inside = epoch.ready > epoch.processed  # type: ignore[attr-defined]
+        if inside and batch.is_last_batch and batch.current.ready > 0:
             self._end_with_validation(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer) -> None:
