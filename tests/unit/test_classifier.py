@@ -143,6 +143,13 @@ def test_a_schedule_counts_optimizer_steps_under_accumulation() -> None:
     assert found == pytest.approx([LR * (1 + math.cos(math.pi * i / 6)) / 2 for i in range(6)])
 
 
+def test_a_schedule_in_epochs_counts_epochs_under_accumulation() -> None:
+    found = rates_of(
+        task(scheduler=Drops([0.5])), steps_an_epoch=6, max_steps=12, max_epochs=-1, accumulate_grad_batches=2
+    ).rates  # three steps an epoch, four epochs
+    assert found == pytest.approx([LR] * 6 + [LR / 10] * 6)
+
+
 def test_one_cycle_moves_momentum_the_other_way() -> None:
     found = rates_of(task(scheduler=OneCycle(max_lr=1.0, rise=0.4), interval="step"), max_epochs=4)
     assert found.rates.index(max(found.rates)) == found.momenta.index(min(found.momenta)) == 7
