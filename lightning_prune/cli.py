@@ -111,11 +111,11 @@ def closing_lines(folder: Path) -> str:
         lines.append(f"  checkpoints             checkpoints/ ({len(checkpoints)})")
     lines += [
         "Try next:",
-        "  the same with fewer weights left    --trainer.callbacks+=... or edit rounds in the recipe",
-        "  a random ticket as the control      see recipes/lottery/README.md",
+        f"  this run as a table     lightning-prune report {folder}",
+        "  another length or seed  --trainer.max_epochs 30, --seed_everything 1",
     ]
     if (folder / "checkpoints" / "last.ckpt").exists():
-        lines.append(f"  more rounds from here               --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}")
+        lines.append(f"  more rounds             raise rounds, then --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}")
     return "\n".join(lines)
 
 
