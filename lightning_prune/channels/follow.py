@@ -272,8 +272,9 @@ def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
     Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or takes
     another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
     """
+    passed = 0
     for trial in range(MAX_TRIALS):
-        widths = _trial(graph)
+        widths = _trial(graph, uneven=passed == 1)
         if widths is None:
             return
         blank = [np.zeros(group.size) for group in graph.groups]
@@ -285,14 +286,24 @@ def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
         except PruneError as error:
             outcome = Outcome(0, str(error))
         if outcome.index is None:
-            return
+            passed += 1
+            if passed == 2:
+                return
+            continue
+        passed = 0
         op = graph.recordings[0].ops[outcome.index]
-        _freeze_at(graph, op, outcome.why, everything=trial == MAX_TRIALS - 1)
+        _freeze_at(graph, op, outcome.why, everything=trial >= MAX_TRIALS - 2)
         graph.grouping = make_groups(graph.labels)
 
 
-def _trial(graph: "ChannelGraph") -> np.ndarray | None:
-    """Widths when every group that passes a spelled-out size loses half; None if there is none."""
+def _trial(graph: "ChannelGraph", uneven: bool) -> np.ndarray | None:
+    """Widths when every group that passes a spelled-out size loses channels; None if there is nothing to try.
+
+    Args:
+        graph: The traced model.
+        uneven: Whether groups lose different fractions: code may take the size of one from another. Bound widths then
+            stay as they are.
+    """
     from lightning_prune.channels.budget import LEVELS, Family, families
 
     grouping = graph.grouping
@@ -300,7 +311,16 @@ def _trial(graph: "ChannelGraph") -> np.ndarray | None:
     for array, _ in graph.labels.suspects:
         numbers = grouping.group_of[grouping.component[array[array != FIXED]]]
         touched.update(np.unique(numbers[numbers >= 0]).tolist())
-    widths = {g: max(1, graph.groups[g].size // 2) for g in touched if not graph.groups[g].tied}
+    free = sorted(g for g in touched if not graph.groups[g].tied)
+    if uneven:
+        alike: dict[int, int] = {}
+        widths = {}
+        for g in free:  # groups of one size get different widths, in turn
+            size = graph.groups[g].size
+            alike[size] = alike.get(size, 0) + max(1, (size - 1) // 3)
+            widths[g] = 1 + alike[size] % max(1, size - 1)
+        return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)]) if len(free) else None
+    widths = {g: max(1, graph.groups[g].size // 2) for g in free}
     for members in families(graph):
         if touched & set(members):
             family = Family(graph, members, 1)
@@ -320,14 +340,21 @@ def _freeze_at(graph: "ChannelGraph", op: Op, why: str, everything: bool) -> Non
         for factor in value.factors or []:
             near.update(np.unique(grouping.component[factor[factor != FIXED]]).tolist())
     near = {c for c in near if grouping.removable[c]}
-    hit = []
+    live: list[tuple[np.ndarray, set[int], Op]] = []
+    places: list[tuple[type, int]] = []
+    counts: dict[str, int] = {}
     for array, suspect in labels.suspects:
+        place = (type(modules.get(suspect.module)), counts.setdefault(suspect.module, 0))
+        counts[suspect.module] += 1
         comps = grouping.component[array[array != FIXED]]
-        if not grouping.removable[comps].any():
-            continue
-        same = suspect.module == op.module or type(modules.get(suspect.module)) is kind
-        if everything or (same and op.module) or near & set(np.unique(comps).tolist()):
-            hit.append(array)
+        if grouping.removable[comps].any():
+            live.append((array, set(np.unique(comps).tolist()), suspect))
+            places.append(place)
+    # The spelled-out sizes next to the failure and their like in other modules of the kind; else all in the kind.
+    hits = {place for place, (_, comps, _) in zip(places, live, strict=True) if near & comps}
+    hit = [array for place, (array, _, _) in zip(places, live, strict=True) if place in hits or everything]
+    if not hit and op.module:
+        hit = [array for array, _, suspect in live if type(modules.get(suspect.module)) is kind]
     reason = f"the forward code holds its size fixed ({why[:160]})"
     labels.op = op
     if not hit and near:
