@@ -37,7 +37,8 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(
-                f"state_dict entry {name!r} is a {type(tensor).__name__}, expected a tensor; a compact file holds tensors "
+                f"state_dict entry {name!r} is a {type(tensor).__name__}, expected a tensor; a compact file holds "
+                "tensors "
                 "only. Keep such state outside the model."
             )
         key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -99,7 +99,9 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any) -> No
     model.train()
     optimizer.zero_grad()
     # A target other than 0, since networks that start at 0 would have no gradient there.
-    loss = sum((out.float() - 1).square().mean() for out in output_tensors(call_model(model, inputs)) if out.requires_grad)
+    loss = sum(
+        (out.float() - 1).square().mean() for out in output_tensors(call_model(model, inputs)) if out.requires_grad
+    )
     assert isinstance(loss, Tensor), "no output of the model can be trained"
     loss.backward()
     rate = optimizer.param_groups[0]["lr"]
@@ -144,7 +146,8 @@ def write_table(rows: Iterable[CoverageRow], path: str | Path, title: str, note:
             lines.append(f"| {row.model} | {row.pixels} | | | | | | | **no result:** {failure} |")
             continue
         lines.append(
-            f"| {row.model} | {row.pixels} | {row.channels:.3f} | {row.params:.3f} | {row.macs:.3f} | {row.error:.1e} | "
+            f"| {row.model} | {row.pixels} | {row.channels:.3f} | {row.params:.3f} | {row.macs:.3f} | "
+            f"{row.error:.1e} | "
             f"{row.seconds:.2f} | {row.check_seconds:.2f} | {row.frozen.replace('|', '/')} |"
         )
     with atomic_write(path) as temporary:

@@ -37,7 +37,8 @@ class Budget:
         given = {k: v for k, v in vars(self).items() if v is not None}
         if len(given) != 1:
             raise ConfigError(
-                f"Budget takes exactly one of channels=, params=, macs= (the fraction kept); got {sorted(given) or 'none'}."
+                f"Budget takes exactly one of channels=, params=, macs= (the fraction kept); got "
+                f"{sorted(given) or 'none'}."
             )
         ((name, value),) = given.items()
         if not 0 < value <= 1:
@@ -113,7 +114,7 @@ class CostModel:
                 for g, entries in by_slot[name, axis]:
                     row[g] = entries
                 rows.append(row)
-                fixed.append(n - row @ self.sizes)
+                fixed.append(n - float(row @ self.sizes))
                 owner.append(names[name])
             rest.append(float(size))
         matrix = np.array(rows).reshape(len(rows), len(self.sizes))

@@ -45,7 +45,8 @@ def compact(
 ) -> CompactReport:
     """Remove the plan's channels in place, after proving that nothing else changes.
 
-    Before anything is touched, stand-in random weights in float64 are put in the place of the model's own and the masked
+    Before anything is touched, stand-in random weights in float64 are put in the place of the model's own and the
+    masked
     parent (leaving channels zero where each consumer reads them) is compared with the compact child; every parameter of
     the plan must influence the outputs there. Then the same ``Parameter`` objects shrink, with their gradients and
     optimizer state.
@@ -60,8 +61,8 @@ def compact(
         Costs before and after, and the error of the check.
 
     Raises:
-        EqualityError: The outputs differ by more than 1e-9 of their scale (float64; 1e-4 where the forward code insists on
-            float32), or the check cannot see a branch. The model is as it was.
+        EqualityError: The outputs differ by more than 1e-9 of their scale (float64; 1e-4 where the forward code
+            insists on float32), or the check cannot see a branch. The model is as it was.
         MaskMismatchError: The plan belongs to another model.
         PruneError: Optimizer state that cannot be sliced.
     """
@@ -111,7 +112,8 @@ def verify(
         worst = max(worst, found.error)
         if not found.error <= TOLERANCE[found.dtype]:
             raise EqualityError(
-                f"the compact model differs from its masked parent by {found.error:.3g} of the outputs' scale, allowed is "
+                f"the compact model differs from its masked parent by {found.error:.3g} of the outputs' scale, "
+                "allowed is "
                 f"{TOLERANCE[found.dtype]:.0e} in {found.dtype}. {_advice(plan)}"
             )
         blind = set(found.blind) if blind is None else blind & set(found.blind)
@@ -120,7 +122,8 @@ def verify(
     assert blind is not None
     names = sorted(blind)
     raise EqualityError(
-        f"no output depends on {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} with these example inputs, so the "
+        f"no output depends on {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} with these example inputs, "
+        "so the "
         f"check cannot see whether removal there is right. Give inputs that use these layers, or leave them out. "
         f"{_advice(plan)}"
     )

@@ -112,15 +112,15 @@ def check_inputs(example_inputs: Any, dtype: torch.dtype, seed: int) -> Any:
 def compare(model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, seed: int = 0) -> tuple[Equality, Recording]:
     """Compare the masked parent with the compact child on random weights.
 
-    The model's own tensors are not touched: other tensors stand in for them. Attributes are set for the child's pass and
-    put back.
+    The model's own tensors are not touched: other tensors stand in for them. Attributes are set for the child's pass
+    and put back.
 
     Returns:
         What was found, and the recording of the child.
 
     Raises:
-        EqualityError: The child cannot run, outputs differ in number or shape, all outputs are 0, or none depends on any
-            parameter of the plan.
+        EqualityError: The child cannot run, outputs differ in number or shape, all outputs are 0, or none depends on
+            any parameter of the plan.
     """
     dtype = torch.float64
     tensors = random_tensors(model, dtype, seed)

@@ -59,7 +59,8 @@ class FrozenAxis:
 class Balance:
     """Rows of channels that must keep equally many: ``sum(matrix[row] * kept) + fixed[row]`` is the same for all rows.
 
-    ``matrix`` is (rows, groups): entries in a row for each channel of a group; ``fixed`` counts entries that never leave.
+    ``matrix`` is (rows, groups): entries in a row for each channel of a group; ``fixed`` counts entries that never
+    leave.
     """
 
     matrix: np.ndarray

@@ -157,8 +157,8 @@ class Labels:
     def balance_pieces(self, factor: np.ndarray, axis: int, pieces: Sequence[np.ndarray]) -> None:
         """Demand that equal pieces of an axis stay equally long.
 
-        Where the axis interleaves several rows (a shuffle), each piece must also hold equally many of each row: the code
-        cuts by position, so what lies in a piece depends on it.
+        Where the axis interleaves several rows (a shuffle), each piece must also hold equally many of each row: the
+        code cuts by position, so what lies in a piece depends on it.
         """
         assert self.op is not None
         self.balanced.append((np.stack([np.moveaxis(p, axis, 0).ravel() for p in pieces]), self.op))

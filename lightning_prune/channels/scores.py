@@ -51,7 +51,8 @@ def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction
     """Score channels by the absolute scale of the BatchNorms they pass.
 
     Paper: Liu et al. 2017, arXiv:1708.06519, section 3. Deviation: a residual stage shares its channels over several
-    BatchNorms, which the paper does not treat; their scales are combined by ``reduction`` (the sum favours long stages).
+    BatchNorms, which the paper does not treat; their scales are combined by ``reduction`` (the sum favours long
+    stages).
 
     Args:
         group: The group.
@@ -74,7 +75,8 @@ def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction
             scales.append(rows.double().abs().mean(dim=1).cpu())
     if not scales:
         raise ConfigError(
-            f"group {group.name} has no BatchNorm with a scale, so it cannot be scored by BatchNorm scales; use another "
+            f"group {group.name} has no BatchNorm with a scale, so it cannot be scored by BatchNorm scales; use "
+            "another "
             "criterion, or give scores for this group."
         )
     stacked = torch.stack(scales)
@@ -86,7 +88,8 @@ def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction
 def score_taylor(group: ChannelGroup, model: nn.Module) -> Tensor:
     """Score channels by the first-order change of the loss when they leave: ``(sum of gradient * weight)**2``.
 
-    Uses the ``.grad`` that is there, so a backward pass must have run. The sum is over the weights that make the channel.
+    Uses the ``.grad`` that is there, so a backward pass must have run. The sum is over the weights that make the
+    channel.
 
     Paper: Molchanov et al. 2019, arXiv:1906.10771, section 3.1 (the form over all weights of a filter). Deviation: the
     sum runs over all layers of the group.

@@ -42,12 +42,14 @@ def check_fits(plan: "RemovalPlan", model: nn.Module) -> None:
     for name, shape in plan.shapes.items():
         if name not in tensors:
             raise MaskMismatchError(
-                f"the plan shrinks {name!r}, which this {type(model).__name__} does not have; give a fresh model of the "
+                f"the plan shrinks {name!r}, which this {type(model).__name__} does not have; give a fresh model of "
+                "the "
                 "architecture that the plan was made for."
             )
         if list(tensors[name].shape) != list(shape):
             raise MaskMismatchError(
-                f"{name} has shape {tuple(tensors[name].shape)}, the plan expects {tuple(shape)}; give a fresh model of "
+                f"{name} has shape {tuple(tensors[name].shape)}, the plan expects {tuple(shape)}; give a fresh "
+                "model of "
                 "the original width (was the plan carried out already?)."
             )
     modules = dict(model.named_modules())
@@ -113,7 +115,8 @@ def check_optimizers(plan: "RemovalPlan", model: nn.Module, optimizers: Iterable
                 if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
                     raise PruneError(
                         f"{type(optimizer).__name__} keeps state {key!r} of shape {tuple(value.shape)} for "
-                        f"{names[id(parameter)]} of shape {tuple(parameter.shape)}; only state of the parameter's own shape "
+                        f"{names[id(parameter)]} of shape {tuple(parameter.shape)}; only state of the parameter's "
+                        "own shape "
                         "can be sliced along. Use another optimizer, or remove channels before it has taken a step."
                     )
                 if isinstance(value, (list, tuple, dict)):
@@ -177,10 +180,10 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
     try:
         for module in model.modules():
             for table in (module._parameters, module._buffers):
-                for key, tensor in list(table.items()):
-                    if tensor is not None and id(tensor) in fresh:
-                        undo.append((table, key, tensor))
-                        table[key] = fresh[id(tensor)]  # type: ignore[assignment]
+                for key, held in list(table.items()):
+                    if held is not None and id(held) in fresh:
+                        undo.append((table, key, held))
+                        table[key] = fresh[id(held)]  # type: ignore[assignment]
             if isinstance(module, nn.RNNBase):
                 flat.append((module, module._flat_weights))
                 module._flat_weights = [fresh.get(id(w), w) for w in module._flat_weights]

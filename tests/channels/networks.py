@@ -51,7 +51,9 @@ def conv(i: int, o: int, k: int = 3, **options: int) -> nn.Conv2d:
 class Attention(nn.Module):
     """Hand-written attention whose inner width is free of its input's."""
 
-    def __init__(self, width: int, heads: int, head_dim: int, kv_heads: int | None = None, style: str = "matmul") -> None:
+    def __init__(
+        self, width: int, heads: int, head_dim: int, kv_heads: int | None = None, style: str = "matmul"
+    ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.style = heads, head_dim, style
         self.num_kv_heads = kv_heads or heads
@@ -108,7 +110,9 @@ def _option_a(first: int, second: int, pad: int) -> nn.Module:
         short = F.pad(h[:, :, ::2, ::2], (0, 0, 0, 0, pad, pad))
         return n.head(F.relu(n.b(F.relu(n.a(h))) + short))
 
-    return Net(run, stem=conv(3, first), a=nn.Conv2d(first, first, 3, 2, 1), b=conv(first, second), head=conv(second, 5))
+    return Net(
+        run, stem=conv(3, first), a=nn.Conv2d(first, first, 3, 2, 1), b=conv(first, second), head=conv(second, 5)
+    )
 
 
 def _shuffle(w: int) -> nn.Module:
@@ -190,7 +194,8 @@ CASES = [
     Case("linear", lambda w: nn.Sequential(nn.Linear(6, w), nn.GELU(), nn.Linear(w, 5)), (3, 6), [8]),
     Case("linear on tokens", lambda w: nn.Sequential(nn.Linear(6, w), nn.GELU(), nn.Linear(w, 5)), (2, 3, 6), [8]),
     Case("batch norm", lambda w: nn.Sequential(conv(3, w), nn.BatchNorm2d(w), nn.ReLU(), conv(w, 5)), IMAGE, [8]),
-    Case("instance norm", lambda w: nn.Sequential(conv(3, w), nn.InstanceNorm2d(w, affine=True), conv(w, 5)), IMAGE, [8]),
+    Case("instance norm", lambda w: nn.Sequential(
+        conv(3, w), nn.InstanceNorm2d(w, affine=True), conv(w, 5)), IMAGE, [8]),
     Case("instance norm, statistics", lambda w: nn.Sequential(
         conv(3, w), nn.InstanceNorm2d(w, affine=True, track_running_stats=True), conv(w, 5)), IMAGE, [8]),
     Case("group norm", _group_norm, IMAGE, [4]),
@@ -205,7 +210,8 @@ CASES = [
     Case("transposed depthwise", lambda w: nn.Sequential(
         conv(3, w), nn.ConvTranspose2d(w, w, 2, 2, groups=w), conv(w, 5)), IMAGE, [8]),
     Case("pooling", lambda w: nn.Sequential(
-        conv(3, w), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 5)), IMAGE, [8]),
+        conv(3, w), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(w, 5)),
+        IMAGE, [8]),
     Case("flatten", lambda w: nn.Sequential(conv(3, w), nn.Flatten(), nn.Linear(w * 64, 5)), IMAGE, [8]),
     Case("upsampling", lambda w: nn.Sequential(
         conv(3, w), nn.Upsample(scale_factor=2, mode="bilinear"), conv(w, 5)), IMAGE, [8]),
@@ -215,7 +221,8 @@ CASES = [
     Case("option A", lambda w: _option_a(w, 2 * w, w // 2), IMAGE, [8, 8],
          lambda: _option_a(4, 12, 4)),
     Case("concat", lambda w: Net(
-        lambda n, x: n.head(torch.cat([n.a(x), F.relu(n.b(x))], 1)), a=conv(3, w), b=conv(3, 2 * w), head=conv(3 * w, 5)),
+        lambda n, x: n.head(torch.cat([n.a(x), F.relu(n.b(x))], 1)), a=conv(3, w), b=conv(3, 2 * w),
+        head=conv(3 * w, 5)),
         IMAGE, [8, 16]),
     Case("stack and sum", lambda w: Net(
         lambda n, x: n.head(torch.stack([n.a(x), n.b(x)], 1).sum(1)), a=conv(3, w), b=conv(3, w), head=conv(w, 5)),

@@ -24,7 +24,9 @@ def _plan(model: nn.Module, inputs: Any, fraction: float = 0.5) -> RemovalPlan:
 
 
 def _fingerprint(model: nn.Module) -> dict[str, Any]:
-    state = {n: (id(t), t.data_ptr(), t.dtype, t.requires_grad, t.detach().clone()) for n, t in model.named_parameters()}
+    state = {
+        n: (id(t), t.data_ptr(), t.dtype, t.requires_grad, t.detach().clone()) for n, t in model.named_parameters()
+    }
     state |= {n: (id(t), t.data_ptr(), t.dtype, False, t.clone()) for n, t in model.named_buffers()}
     state["modes"] = [m.training for m in model.modules()]
     state["attributes"] = [
@@ -75,7 +77,9 @@ def test_a_plan_that_cannot_run_is_refused_and_names_the_group() -> None:
 
 
 def test_a_branch_that_no_output_sees_is_refused() -> None:
-    model = Net(lambda n, x: n.head(n.a(x)) + 0 * n.c(n.b(x)), a=conv(3, 8), head=conv(8, 4), b=conv(3, 8), c=conv(8, 4))
+    model = Net(
+        lambda n, x: n.head(n.a(x)) + 0 * n.c(n.b(x)), a=conv(3, 8), head=conv(8, 4), b=conv(3, 8), c=conv(8, 4)
+    )
     with pytest.raises(EqualityError, match=r"no output depends on b\.bias, b\.weight"):
         compact(model, _plan(model, INPUTS), INPUTS)
 

@@ -21,7 +21,8 @@ def _wrap(middle: object, inner: int = 8, **more: nn.Module) -> nn.Module:
 
 
 FROZEN = [
-    ("layer norm", _wrap(lambda n, h: F.layer_norm(h.movedim(1, -1), (8,)).movedim(-1, 1)), "LayerNorm takes statistics"),
+    ("layer norm", _wrap(lambda n, h: F.layer_norm(h.movedim(1, -1), (8,)).movedim(-1, 1)),
+     "LayerNorm takes statistics"),
     ("group norm, one group", _wrap(lambda n, h: n.norm(h), norm=nn.GroupNorm(1, 8)), "one group"),
     ("softmax", _wrap(lambda n, h: h.softmax(1)), "softmax is taken along it"),
     ("mean", _wrap(lambda n, h: h.mean(1, keepdim=True) * h), "mean is taken over it"),
@@ -34,7 +35,8 @@ FROZEN = [
     ("constant", _wrap(lambda n, h: h + torch.arange(8.0).view(1, 8, 1, 1)), "does not shrink"),
     ("no rule", _wrap(lambda n, h: torch.special.erfcx(h)), "special_erfcx has no rule"),
     ("fixed view", _wrap(lambda n, h: h.view(-1, 8, 8, 8)), "holds its size fixed"),
-    ("fixed expand", _wrap(lambda n, h: h + n.gain.expand(2, 8, 8, 8), gain=nn.ParameterList()), "holds its size fixed"),
+    ("fixed expand", _wrap(lambda n, h: h + n.gain.expand(2, 8, 8, 8), gain=nn.ParameterList()),
+     "holds its size fixed"),
     ("gram", Net(lambda n, x: n.head(n.a(x) @ n.b(x).transpose(1, 2)), a=nn.Linear(6, 8), b=nn.Linear(6, 8),
                  head=nn.Linear(5, 4)), "two activations are multiplied"),
 ]  # fmt: skip
@@ -68,9 +70,7 @@ def test_recurrent_layers_are_frozen_with_a_reason() -> None:
 
 
 def test_an_operation_without_a_rule_freezes_inputs_and_outputs_only() -> None:
-    model = Net(
-        lambda n, x: n.head(n.b(torch.special.erfcx(n.a(x)))), a=conv(3, 8), b=conv(8, 6), head=conv(6, 4)
-    )
+    model = Net(lambda n, x: n.head(n.b(torch.special.erfcx(n.a(x)))), a=conv(3, 8), b=conv(8, 6), head=conv(6, 4))
     graph = trace_channels(model, IMAGE)
     assert [g.name for g in graph.groups] == ["b"]
     assert "special_erfcx" not in RULES
@@ -81,7 +81,7 @@ def test_outputs_and_inputs_stay() -> None:
     model = nn.Sequential(conv(3, 8), conv(8, 4))
     graph = trace_channels(model, IMAGE)
     assert [(f.name, f.reason) for f in graph.frozen] == [("1.weight", "it is an output of the model")]
-    assert all(("0.weight", 1) != (n, a) for g in graph.groups for n, a, _ in g.members)
+    assert all((n, a) != ("0.weight", 1) for g in graph.groups for n, a, _ in g.members)
 
 
 def test_a_model_that_cannot_run_is_refused() -> None:

@@ -59,7 +59,7 @@ def test_compact_equals_the_network_built_by_hand(case: Case) -> None:
 def test_module_attributes_are_those_of_the_network_built_by_hand(case: Case) -> None:
     model = case.build(8)
     compact(model, plan_removal(trace_channels(model, example(case)), Budget(channels=0.5)), example(case))
-    wanted = {n: m for n, m in case.by_hand().named_modules()}
+    wanted = dict(case.by_hand().named_modules())
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, (int, tuple)) and not key.startswith("_"):
