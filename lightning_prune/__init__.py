@@ -13,7 +13,9 @@ from lightning_prune.callbacks import (
     TicketWriter,
     WeightRewind,
 )
+from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
+from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import (
     BudgetError,
     ConfigError,
@@ -27,7 +29,8 @@ from lightning_prune.errors import (
     TraceError,
     WriteError,
 )
-from lightning_prune.masks import MaskSet, prunable_parameters
+from lightning_prune.masks import MaskSet
+from lightning_prune.prunable import prunable_parameters
 from lightning_prune.record import RunRecord
 from lightning_prune.scores import score_weights
 from lightning_prune.selection import select
@@ -36,6 +39,7 @@ from lightning_prune.times import TrainTime
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "BudgetError",
     "ConfigError",
     "EqualityError",
@@ -48,6 +52,7 @@ __all__ = [
     "Position",
     "PruneError",
     "PruneEvent",
+    "RemovalPlan",
     "ResumeError",
     "RunRecord",
     "SelectionError",
@@ -57,9 +62,14 @@ __all__ = [
     "TrainTime",
     "WeightRewind",
     "WriteError",
+    "compact",
+    "load_compact",
     "load_ticket",
+    "plan_removal",
     "prunable_parameters",
+    "save_compact",
     "save_ticket",
     "score_weights",
     "select",
+    "trace_channels",
 ]

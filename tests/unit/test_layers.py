@@ -32,6 +32,13 @@ MODULES = sorted(
 )
 
 PUBLIC = [
+    "Budget",
+    "RemovalPlan",
+    "compact",
+    "load_compact",
+    "plan_removal",
+    "save_compact",
+    "trace_channels",
     "BudgetError",
     "ConfigError",
     "EqualityError",
