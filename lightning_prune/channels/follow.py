@@ -187,7 +187,8 @@ def fit_shuffled(
 ) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
     """Adjust bound widths to what the compact model's own wiring makes of them.
 
-    Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. Where the
+    Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. Where
+    the
     given widths do not come out, the compact model is traced as a network of its own: its groups have the same keys as
     the parent's, and their sizes are the widths that fit. Where the parent has too few channels of a kind, the next
     narrower width is tried.
@@ -266,17 +267,35 @@ def _settle(graph: "ChannelGraph", outcome: Outcome, widths: np.ndarray) -> tupl
     return found, unfit
 
 
+def followed(graph: "ChannelGraph", plan: "RemovalPlan", kept: np.ndarray) -> bool:
+    """Whether the forward code follows a plan; where it does not, the channels there are frozen.
+
+    Trials cannot show every bond: code may take the size of one group from another whose trial width was the same.
+    """
+    stays = kept[graph.grouping.component]
+    stays[FIXED] = True
+    outcome = examine(graph, plan, stays)
+    if outcome.index is None:
+        return True
+    _freeze_at(graph, graph.recordings[0].ops[outcome.index], outcome.why, everything=False)
+    graph.grouping = make_groups(graph.labels)
+    return False
+
+
 def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
     """Freeze channels whose sizes the forward code holds fixed, found by trying to remove half of them.
 
-    Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or takes
-    another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
+    Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or
+    takes another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
     """
     passed = 0
     for trial in range(MAX_TRIALS):
         widths = _trial(graph, uneven=passed == 1)
         if widths is None:
-            return
+            if passed:
+                return
+            passed = 1
+            continue
         blank = [np.zeros(group.size) for group in graph.groups]
         try:
             if graph.labels.reordered and any(group.tied for group in graph.groups):
@@ -312,7 +331,8 @@ def _trial(graph: "ChannelGraph", uneven: bool) -> np.ndarray | None:
         numbers = grouping.group_of[grouping.component[array[array != FIXED]]]
         touched.update(np.unique(numbers[numbers >= 0]).tolist())
     free = sorted(g for g in touched if not graph.groups[g].tied)
-    if uneven:
+    if uneven:  # every group: a size that is spelled out for frozen channels may come from any of them
+        free = [g for g, group in enumerate(graph.groups) if not group.tied and group.size > 1]
         alike: dict[int, int] = {}
         widths = {}
         for g in free:  # groups of one size get different widths, in turn
@@ -328,6 +348,18 @@ def _trial(graph: "ChannelGraph", uneven: bool) -> np.ndarray | None:
     if all(n == graph.groups[g].size for g, n in widths.items()):
         return None
     return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)])
+
+
+def _met_in(graph: "ChannelGraph", module: str) -> set[int]:
+    """Removable components that the operations of a module meet."""
+    grouping, found = graph.grouping, set()
+    for op in graph.recordings[0].ops:
+        if op.module != module:
+            continue
+        for value in [*op.tensors(), *op.outs]:
+            for factor in value.factors or []:
+                found.update(np.unique(grouping.component[factor[factor != FIXED]]).tolist())
+    return {int(c) for c in found if grouping.removable[c]}
 
 
 def _freeze_at(graph: "ChannelGraph", op: Op, why: str, everything: bool) -> None:
@@ -359,6 +391,9 @@ def _freeze_at(graph: "ChannelGraph", op: Op, why: str, everything: bool) -> Non
     labels.op = op
     if not hit and near:
         hit = [np.flatnonzero(np.isin(grouping.component, list(near)))]
+    if not hit:  # sizes of channels that stay were taken from channels that leave: from some that this module meets
+        touched = _met_in(graph, op.module)
+        hit = [np.flatnonzero(np.isin(grouping.component, list(touched)))] if touched else []
     if not hit:  # nothing of what was tried is near: none of it can be trusted
         hit = [array for array, _ in labels.suspects]
     labels.freeze(hit, reason)

@@ -1,4 +1,4 @@
-"""Removal plans: which channels leave, by parameter and axis; JSON that a fresh model can replay without example inputs."""
+"""Removal plans: which channels leave, by parameter and axis; JSON that a fresh model replays without inputs."""
 
 import json
 from collections.abc import Mapping
@@ -96,10 +96,10 @@ def plan_removal(
     Args:
         graph: The traced model.
         budget: What to keep; see :class:`Budget`.
-        scores: ``{group name: (size,) tensor}`` or a function of a group and the model; higher is kept. None: the L2 norm
-            of the weights that make the channel, over all layers of its group.
-        round_to: Widths become multiples of this (a group that starts narrower or uneven may keep its width). Widths that
-            are bound to each other (chunks, shuffles) follow their own balance instead.
+        scores: ``{group name: (size,) tensor}`` or a function of a group and the model; higher is kept. None: the L2
+            norm of the weights that make the channel, over all layers of its group.
+        round_to: Widths become multiples of this (a group that starts narrower or uneven may keep its width). Widths
+            that are bound to each other (chunks, shuffles) follow their own balance instead.
         min_channels: Least width of a group, at least 1.
         scope: ``"layer"``: every group loses the same fraction. ``"global"``: scores of all groups compete.
 
@@ -125,7 +125,15 @@ def plan_removal(
     widths = search(graph, budget, costs, round_to, min_channels, ranked)
     if graph.labels.reordered and any(group.tied for group in graph.groups):
         return _shuffled_plan(graph, widths, values)
-    return make_plan(graph, choose(graph, values, widths), costs)
+    kept = choose(graph, values, widths)
+    plan = make_plan(graph, kept, costs)
+    if graph.labels.suspects:
+        from lightning_prune.channels.follow import followed
+
+        groups = len(graph.groups)
+        if not followed(graph, plan, kept) and len(graph.groups) < groups:  # what is left is planned anew
+            return plan_removal(graph, budget, scores, round_to, min_channels, scope)
+    return plan
 
 
 def _shuffled_plan(graph: ChannelGraph, widths: np.ndarray, values: list[np.ndarray]) -> RemovalPlan:

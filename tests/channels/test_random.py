@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
+from lightning_prune.errors import BudgetError, ConfigError
 
 BLOCKS = [
     "conv", "strided", "grouped", "depthwise", "batch_norm", "group_norm", "prelu", "relu", "residual", "project",
@@ -128,11 +129,12 @@ def check(kinds: list[str], widths: list[int], fraction: float, seed: int) -> An
     assert "no rule" not in graph.explain()
     if not graph.groups or all(g.size == 1 for g in graph.groups):
         return None
-    from lightning_prune.errors import BudgetError
-
     try:
         plan = plan_removal(graph, Budget(channels=fraction), scores=lambda group, _: torch.rand(group.size))
     except BudgetError:  # stated, not silent: bound widths may not reach so low
+        return None
+    except ConfigError:  # every group turned out to hang on sizes that the code holds fixed
+        assert not graph.groups
         return None
     report = compact(model, plan, inputs)
     assert report.error < 1e-9
