@@ -11,7 +11,7 @@ from torchmetrics import Metric
 _META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx",
          "dataloader_idx", "metric_attribute")  # fmt: skip
 _REDUCTIONS: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "min": torch.min, "max": torch.max}
-_SUMS = ("value", "cumulated_batch_size", "_forward_cache")
+_SUMS = ("value", "cumulated_batch_size")
 
 
 def get_epoch_metrics(trainer: "pl.Trainer") -> dict[str, Any]:
