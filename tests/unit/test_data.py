@@ -411,6 +411,7 @@ def test_cifar_batches_are_normalised_and_only_training_is_augmented(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_published_network_is_as_good_on_our_cifar_as_measured_elsewhere(data_root: Path) -> None:
     from safetensors.torch import load_file
 
