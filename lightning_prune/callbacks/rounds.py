@@ -222,6 +222,8 @@ class RoundSchedule:
         inside = epoch.ready > epoch.processed  # type: ignore[attr-defined]
         if inside and batch.is_last_batch and batch.current.ready > 0:
             self._end_with_validation(trainer)
+        if self.round == self.rounds and self._is_steps_end(trainer):
+            trainer.fit_loop.max_epochs = trainer.current_epoch + inside
 
     def on_train_batch_end(self, trainer: pl.Trainer) -> None:
         """End the epoch with the round, and see that a round's last epoch is validated."""
