@@ -175,7 +175,7 @@ def substituted(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Non
         fresh[id(original)] = (
             nn.Parameter(tensor, tensor.requires_grad) if isinstance(original, nn.Parameter) else tensor
         )
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    undo: list[tuple[Any, str, Any]] = []
     flat: list[tuple[nn.RNNBase, list[Any]]] = []
     try:
         for module in model.modules():
