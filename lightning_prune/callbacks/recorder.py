@@ -56,6 +56,8 @@ class RoundRecorder:
         self._header_shown = False
         self._since = time.monotonic()
         if resumed:
+            assert self.record is not None
+            self.record.method = method  # more rounds than before are allowed
             self._write(trainer)
             return
         self._metrics, self._best, self._removed, self._ticket = {}, None, 0, None
