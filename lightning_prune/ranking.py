@@ -122,10 +122,12 @@ class Pool:
 
     def _bounds(self, bracket: _Bracket) -> tuple[float | int, float | int]:
         """The lowest and the highest score that a bracket can hold."""
-        words = torch.tensor([bracket.prefix << bracket.shift, ((bracket.prefix + 1) << bracket.shift) - 1])
+        first, last = bracket.prefix << bracket.shift, ((bracket.prefix + 1) << bracket.shift) - 1
         if not self._dtype.is_floating_point:
-            return int(words[0]), int(words[1])
-        ends = words.to(self._word).view(self._dtype).tolist()
+            return first, last
+        if first == -(1 << (self._bits - 1)):  # -0, which has become +0 and lies above these
+            first += 1
+        ends = torch.tensor([first, last]).to(self._word).view(self._dtype).tolist()
         infinity = float("inf") if bracket.prefix >= 0 else float("-inf")
         low, high = sorted(infinity if end != end else end for end in ends)  # beyond an infinity the bits mean NaN
         return low, high

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,6 +67,8 @@ numbers = st.sampled_from(
     mask_seed=st.integers(0, 9),
     double=st.booleans(),
 )
+@example([[0.0, -1e-45, -1e-45]], Fraction(1, 2), 0, False)  # the highest scores that share upper bits with -0
+@example([[0.0, -0.0, -5e-324, -5e-324, -1e-320]], Fraction(1, 2), 0, True)
 def test_any_scores_give_the_stable_sorts_mask(
     values: list[list[float]], portion: Fraction, mask_seed: int, double: bool
 ) -> None:
