@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -109,7 +110,8 @@ def build(kinds: list[str], widths: list[int]) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.timeout(900)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     kinds=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=7),
     widths=st.lists(st.sampled_from([4, 6, 8, 10, 12]), min_size=8, max_size=8),
