@@ -253,6 +253,8 @@ def _by_stride(tensor: Tensor) -> list[int]:
 
 def _positions(few: Tensor) -> Tensor:
     """Where a flat mask is ``True``, when it rarely is: eight entries are looked at as one number."""
+    if few.numel() < 8:
+        return few.nonzero().squeeze(1)
     whole = few.numel() // 8 * 8
     eights = few[:whole].view(torch.int64).nonzero().squeeze(1)
     hits = few[:whole].view(-1, 8)[eights].nonzero()

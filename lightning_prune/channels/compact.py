@@ -92,9 +92,11 @@ def remember(model: nn.Module, plan: RemovalPlan) -> None:
 
 
 def verify(
-    model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = (0, 1, 2)
+    model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = range(12)
 ) -> tuple[float, str]:
-    """Run the equality check; with other random weights again where an output did not depend on a branch.
+    """Run the equality check; with other random weights where an output did not depend on a branch.
+
+    A narrow ReLU may happen to be off: a dozen draws at most.
 
     Returns:
         The error and the precision.
@@ -113,8 +115,7 @@ def verify(
         if not found.error <= TOLERANCE[found.dtype]:
             raise EqualityError(
                 f"the compact model differs from its masked parent by {found.error:.3g} of the outputs' scale, "
-                "allowed is "
-                f"{TOLERANCE[found.dtype]:.0e} in {found.dtype}. {_advice(plan)}"
+                f"allowed is {TOLERANCE[found.dtype]:.0e} in {found.dtype}. {_advice(plan)}"
             )
         blind = set(found.blind) if blind is None else blind & set(found.blind)
         if not blind:
@@ -123,8 +124,7 @@ def verify(
     names = sorted(blind)
     raise EqualityError(
         f"no output depends on {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} with these example inputs, "
-        "so the "
-        f"check cannot see whether removal there is right. Give inputs that use these layers, or leave them out. "
+        "so the check cannot see whether removal there is right. Give inputs that use these layers, or leave them out. "
         f"{_advice(plan)}"
     )
 

@@ -111,7 +111,7 @@ def build(kinds: list[str], widths: list[int]) -> nn.Module:
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     kinds=st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=7),
     widths=st.lists(st.sampled_from([4, 6, 8, 10, 12]), min_size=8, max_size=8),

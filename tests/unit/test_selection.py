@@ -148,6 +148,12 @@ def test_memory_layout_does_not_matter(arrange: str, ties: bool) -> None:
     assert_same(within, reference(plain, round(0.3 * sum(s.numel() for s in plain.values()))))
 
 
+def test_a_single_score_may_have_any_stride() -> None:
+    scores = {"a": torch.ones(1).as_strided((1,), (0,)), "b": torch.tensor([2.0, 0.5, 3.0])}
+    assert scores["a"].stride() == (0,)
+    assert_same(select(scores, remove=2), reference(scores, 2))
+
+
 def test_equal_scores_leave_from_the_end() -> None:
     scores = {"b": torch.ones(2, 2), "a": torch.ones(3)}
     masks = select(scores, remove=4)
