@@ -219,7 +219,7 @@ class IterativeMagnitudePruner(Callback):
             )
         if self._loaded is not None:
             assert self.masks is not None
-            self._enforcer.set_masks(self.masks.to(pl_module.device))
+            self._enforcer.set_masks(self.masks.to(pl_module.device), resumed=True)
             self.masks = self.masks.to(pl_module.device)
             self._hold_schedules(trainer)
         self._running.on_train_start(trainer)

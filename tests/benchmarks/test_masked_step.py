@@ -60,7 +60,7 @@ def fit(task: Task, batches: list[Any], callbacks: list[Any], epochs: int) -> di
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(task, batches)
+    trainer.fit(task, torch.utils.data.DataLoader(batches, batch_size=None))
     return steps.seconds
 
 
