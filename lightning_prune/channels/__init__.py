@@ -1,5 +1,6 @@
 """Removing channels for real: trace, groups, plans, surgery, and the check that nothing else changed."""
 
+from lightning_prune.channels.alignment import alignment
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.compact import CompactReport, compact
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis
@@ -14,6 +15,7 @@ __all__ = [
     "CompactReport",
     "FrozenAxis",
     "RemovalPlan",
+    "alignment",
     "compact",
     "plan_removal",
     "score_batch_norm",

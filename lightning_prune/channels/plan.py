@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_prune.channels.alignment import RoundTo, resolve_round_to
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
@@ -87,7 +88,7 @@ def plan_removal(
     graph: ChannelGraph,
     budget: Budget,
     scores: ChannelScores | None = None,
-    round_to: int = 1,
+    round_to: RoundTo = 1,
     min_channels: int = 1,
     scope: str = "layer",
 ) -> RemovalPlan:
@@ -99,7 +100,8 @@ def plan_removal(
         scores: ``{group name: (size,) tensor}`` or a function of a group and the model; higher is kept. None: the L2
             norm of the weights that make the channel, over all layers of its group.
         round_to: Widths become multiples of this (a group that starts narrower or uneven may keep its width). Widths
-            that are bound to each other (chunks, shuffles) follow their own balance instead.
+            that are bound to each other (chunks, shuffles) follow their own balance instead. A number, ``"auto"``, a
+            device, or numbers by device type; see :func:`alignment` for the rule.
         min_channels: Least width of a group, at least 1.
         scope: ``"layer"``: every group loses the same fraction. ``"global"``: scores of all groups compete.
 
@@ -113,8 +115,9 @@ def plan_removal(
     Limits:
         Ties in scores: the later channel leaves first.
     """
-    if round_to < 1 or min_channels < 1:
-        raise ConfigError(f"round_to={round_to} and min_channels={min_channels} must be at least 1.")
+    round_to = resolve_round_to(round_to, graph.model)
+    if min_channels < 1:
+        raise ConfigError(f"min_channels={min_channels} must be at least 1.")
     if scope not in ("layer", "global"):
         raise ConfigError(f"scope={scope!r}: expected 'layer' or 'global'.")
     if not graph.groups:
