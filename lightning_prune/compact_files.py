@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_prune.channels.compact import plans_of, remember
 from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
 from lightning_prune.files import read_tensors, write_tensors
 
@@ -31,10 +32,13 @@ def save_compact(model: nn.Module, path: str | Path) -> None:
             f"this {type(model).__name__} has no removal plan: compact() was not called on this very object. Save an "
             "unchanged model with torch.save(model.state_dict(), ...)."
         )
+    model = bare(model)
+    with uncompiled(model):
+        state = model.state_dict()
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ConfigError(
                 f"state_dict entry {name!r} is a {type(tensor).__name__}, expected a tensor; a compact file holds "
@@ -72,24 +76,30 @@ def load_compact(fresh_model: nn.Module, path: str | Path) -> nn.Module:
         state = OrderedDict({**tensors, **{name: tensors[source] for name, source in aliases.items()}})
     except (KeyError, TypeError, AttributeError) as error:
         raise FileFormatError(f"{path} has no readable plan ({type(error).__name__}: {error}).") from error
-    expected = set(fresh_model.state_dict())
+    model = bare(fresh_model)
+    with uncompiled(model):
+        _fill(model, path, plans, state, header.get("model"))
+    for plan in plans:
+        remember(model, plan)
+    return fresh_model
+
+
+def _fill(model: nn.Module, path: str | Path, plans: list[RemovalPlan], state: Any, written_for: Any) -> None:
+    expected = set(model.state_dict())
     if expected != set(state):
         missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
         raise MaskMismatchError(
-            f"{path} holds a {header.get('model')}, which does not fit this {type(fresh_model).__name__}: missing "
+            f"{path} holds a {written_for}, which does not fit this {type(model).__name__}: missing "
             f"{missing[:3]}, unexpected {extra[:3]}. Build the model with the code it was saved from."
         )
     for plan in plans:
-        plan.apply_(fresh_model)
-    wrong = [n for n, t in fresh_model.state_dict().items() if t.shape != state[n].shape]
+        plan.apply_(model)
+    wrong = [n for n, t in model.state_dict().items() if t.shape != state[n].shape]
     if wrong:
         raise FileFormatError(
             f"{path} is inconsistent: {wrong[0]} has shape {tuple(state[wrong[0]].shape)} after its plan."
         )
-    metadata = getattr(fresh_model.state_dict(), "_metadata", None)
+    metadata = getattr(model.state_dict(), "_metadata", None)
     if metadata is not None:  # layout versions of the modules' own; some refuse a state without them
-        state._metadata = metadata  # type: ignore[attr-defined]
-    fresh_model.load_state_dict(state)
-    for plan in plans:
-        remember(fresh_model, plan)
-    return fresh_model
+        state._metadata = metadata
+    model.load_state_dict(state)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_prune.channels.equality import TOLERANCE, compare
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers
+from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import EqualityError
 
 
@@ -52,7 +53,8 @@ def compact(
     optimizer state.
 
     Args:
-        model: The model that was traced, or a fresh one of the same architecture.
+        model: The model that was traced, or a fresh one of the same architecture; the module inside DDP's or
+            ``torch.compile``'s wrapper is changed. A DDP wrapper has to be built anew afterwards.
         plan: What leaves.
         example_inputs: As for :func:`trace_channels`.
         optimizers: Optimizers over the model's parameters; their per-element state is sliced along.
@@ -67,13 +69,15 @@ def compact(
         PruneError: Optimizer state that cannot be sliced.
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    check_fits(plan, model)
-    check_optimizers(plan, model, optimizers)
-    start = time.perf_counter()
-    error, dtype = verify(model, plan, example_inputs)
-    checked = time.perf_counter()
-    carry_out(plan, model, optimizers)
-    done = time.perf_counter()
+    model = bare(model)
+    with uncompiled(model):
+        check_fits(plan, model)
+        check_optimizers(plan, model, optimizers)
+        start = time.perf_counter()
+        error, dtype = verify(model, plan, example_inputs)
+        checked = time.perf_counter()
+        carry_out(plan, model, optimizers)
+        done = time.perf_counter()
     remember(model, plan)
     return CompactReport(dict(plan.costs), error, dtype, checked - start, done - checked, list(plan.groups))
 
@@ -83,12 +87,12 @@ _PLANS = "_lightning_prune_plans"
 
 def plans_of(model: nn.Module) -> list[RemovalPlan]:
     """The plans carried out on this model so far, in order."""
-    return list(vars(model).get(_PLANS, ()))
+    return list(vars(bare(model)).get(_PLANS, ()))
 
 
 def remember(model: nn.Module, plan: RemovalPlan) -> None:
     """Note on the model that a plan was carried out; a plain attribute that copies along and is no state."""
-    vars(model)[_PLANS] = [*plans_of(model), plan]
+    vars(bare(model))[_PLANS] = [*plans_of(model), plan]
 
 
 def verify(

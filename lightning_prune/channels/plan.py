@@ -1,5 +1,6 @@
 """Removal plans: which channels leave, by parameter and axis; JSON that a fresh model replays without inputs."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
+from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import ConfigError, FileFormatError, TraceError
 
 VERSION = 1
@@ -80,8 +82,14 @@ class RemovalPlan:
         """
         from lightning_prune.channels.surgery import carry_out
 
-        check_fits(self, model)
-        carry_out(self, model)
+        model = bare(model)
+        with uncompiled(model):
+            check_fits(self, model)
+            carry_out(self, model)
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's content, as hexadecimal text: equal plans have equal digests."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
 
 def plan_removal(
@@ -122,6 +130,13 @@ def plan_removal(
         raise ConfigError(f"scope={scope!r}: expected 'layer' or 'global'.")
     if not graph.groups:
         raise ConfigError("no channel of this model can leave; graph.explain() says why.")
+    with uncompiled(graph.model):
+        return _plan(graph, budget, scores, round_to, min_channels, scope)
+
+
+def _plan(
+    graph: ChannelGraph, budget: Budget, scores: ChannelScores | None, round_to: int, min_channels: int, scope: str
+) -> RemovalPlan:
     values = [resolve(scores, group, graph.model).numpy() for group in graph.groups]
     costs = CostModel(graph)
     ranked = [np.sort(v) for v in values] if scope == "global" else None

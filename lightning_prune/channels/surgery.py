@@ -108,6 +108,11 @@ def check_optimizers(plan: "RemovalPlan", model: nn.Module, optimizers: Iterable
     """
     names = {id(p): n for n, p in model.named_parameters() if n in plan.keep}
     for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
+            raise PruneError(
+                "LBFGS keeps one flat vector over all parameters, which cannot be sliced by channels. Use another "
+                "optimizer, or remove channels before it has taken a step."
+            )
         for parameter, state in optimizer.state.items():
             if id(parameter) not in names:
                 continue

@@ -9,6 +9,7 @@ from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, 
 from lightning_prune.channels.labels import Labels
 from lightning_prune.channels.recording import Recording, record
 from lightning_prune.channels.rules import RULES
+from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import TraceError
 
 
@@ -100,7 +101,7 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     with container modules in training mode (auxiliary classifiers).
 
     Args:
-        model: Any module, on any device. It should be the bare module, not a wrapper (DDP, ``torch.compile``).
+        model: Any module, on any device; inside DDP's or ``torch.compile``'s wrapper, the module within is traced.
         example_inputs: A tuple holds positional arguments, a dict keyword arguments, anything else is one argument.
 
     Returns:
@@ -119,6 +120,12 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         Only the executed path is seen. Values that leave tensors (``.item()``, ``.tolist()``) are not followed; the
         equality check of :func:`compact` is what catches their effect.
     """
+    model = bare(model)
+    with uncompiled(model):
+        return _trace(model, example_inputs)
+
+
+def _trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     try:
         recordings = [record(model, example_inputs)]
     except TraceError:

@@ -106,6 +106,21 @@ def test_another_model_is_refused() -> None:
         compact(model, plan, INPUTS)
 
 
+class _Lion(torch.optim.Optimizer):
+    """As third parties write it: steps by the sign of an interpolated momentum, one state tensor a parameter."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(torch.sign(0.9 * momentum + 0.1 * p.grad), alpha=group["lr"])
+                momentum.mul_(0.99).add_(p.grad, alpha=0.01)
+
+
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-3),
@@ -120,6 +135,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "nadam": lambda p: torch.optim.NAdam(p),
     "radam": lambda p: torch.optim.RAdam(p),
     "rprop": lambda p: torch.optim.Rprop(p, 0.01),
+    "lion": lambda p: _Lion(p, 0.01),
 }
 
 
@@ -181,6 +197,15 @@ def test_optimizer_state_of_another_shape_is_refused_by_name() -> None:
     with pytest.raises(PruneError, match=r"_Factored keeps state 'row' of shape \(8,\) for 0.weight"):
         compact(model, _plan(model, INPUTS), INPUTS, [optimizer])
     assert _same(before, _fingerprint(model))
+
+
+def test_lbfgs_is_refused_once_it_has_stepped() -> None:
+    model = _small()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    compact(model, _plan(model, INPUTS), INPUTS, optimizer)
+    optimizer.step(lambda: model(INPUTS).square().mean())
+    with pytest.raises(PruneError, match="LBFGS keeps one flat vector"):
+        compact(model, _plan(model, INPUTS), INPUTS, optimizer)
 
 
 def test_gradients_and_graphs_that_are_alive_survive() -> None:
