@@ -5,12 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_prune.channels.equality import TOLERANCE, compare
+from lightning_prune.channels.approximate import Moved, moved, outputs_of
+from lightning_prune.channels.equality import TOLERANCE, compare, masked
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers
+from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers, named_tensors, substituted
 from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import EqualityError
 
@@ -26,6 +27,7 @@ class CompactReport:
         check_seconds: Time of the equality check.
         surgery_seconds: Time of the removal itself.
         groups: One entry a group: name, size before, size after.
+        moved: By how much outputs moved, where normalisations lost channels (``approximate=True``); else None.
     """
 
     costs: dict[str, tuple[int, int]]
@@ -34,6 +36,7 @@ class CompactReport:
     check_seconds: float
     surgery_seconds: float
     groups: list[dict[str, Any]] = field(default_factory=list)
+    moved: Moved | None = None
 
     def kept(self, what: str) -> float:
         """Fraction kept of ``"channels"``, ``"params"`` or ``"macs"``."""
@@ -76,10 +79,22 @@ def compact(
         start = time.perf_counter()
         error, dtype = verify(model, plan, example_inputs)
         checked = time.perf_counter()
+        before = _outputs_before(model, plan, example_inputs) if plan.statistics else None
+        ready = time.perf_counter()
         carry_out(plan, model, optimizers)
         done = time.perf_counter()
+        report = CompactReport(dict(plan.costs), error, dtype, checked - start, done - ready, list(plan.groups))
+        if before is not None:
+            report.moved = moved(plan, *before, outputs_of(model, example_inputs))
     remember(model, plan)
-    return CompactReport(dict(plan.costs), error, dtype, checked - start, done - checked, list(plan.groups))
+    return report
+
+
+def _outputs_before(model: nn.Module, plan: RemovalPlan, example_inputs: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the model as it is, and of its masked parent with whole statistics."""
+    dense = outputs_of(model, example_inputs)
+    with substituted(model, masked(plan, named_tensors(model))):
+        return dense, outputs_of(model, example_inputs)
 
 
 _PLANS = "_lightning_prune_plans"

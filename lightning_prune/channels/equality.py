@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.channels.approximate import ignoring
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.recording import Recording, call_model, evaluation, map_tensors, output_tensors, record
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
@@ -157,7 +158,12 @@ def compare(model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, seed: i
 def _parent(
     model: nn.Module, plan: RemovalPlan, tensors: Mapping[str, Tensor], inputs: Any, dtype: torch.dtype
 ) -> list[Tensor]:
-    with substituted(model, masked(plan, tensors)), default_dtype(dtype), evaluation(model, training=plan.training):
+    with (
+        substituted(model, masked(plan, tensors)),
+        default_dtype(dtype),
+        evaluation(model, training=plan.training),
+        ignoring(model, plan),
+    ):
         return output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
 
 
@@ -185,6 +191,7 @@ def _error(parent: list[Tensor], child: list[Tensor]) -> float:
     return worst
 
 
+@torch.enable_grad()
 def _blind(outputs: list[Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of parameters on which no output depends."""
     generator = torch.Generator().manual_seed(1)

@@ -53,7 +53,7 @@ class _ChildLabels(Labels):
         for name, tensor in named_tensors(graph.model).items():
             axes = given.setdefault(name, [])
             axes += [np.zeros(n, dtype=np.int64) for n in tensor.shape[len(axes) :]]
-        super().__init__(given)
+        super().__init__(given, graph.labels.approximate)
         self.component = graph.grouping.component.copy()
         self.component[FIXED] = -1
         self.removable = graph.grouping.removable
@@ -251,7 +251,8 @@ def _settle(graph: "ChannelGraph", outcome: Outcome, widths: np.ndarray) -> tupl
     for op in outcome.child.ops:
         for value in [*op.tensors(), *op.outs]:
             value.factors = None
-    groups = {group.key: group for group in make_groups(propagate([outcome.child], Labels())).groups}
+    labels = propagate([outcome.child], Labels(approximate=graph.labels.approximate))
+    groups = {group.key: group for group in make_groups(labels).groups}
     found, unfit = widths.copy(), set()
     owners: dict[tuple[str, int], int] = {}
     for number, group in enumerate(graph.groups):

@@ -6,10 +6,14 @@ weights that made them. 0 stands for a position that never leaves (padding, a co
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_prune.channels.recording import Op, Value
+
+if TYPE_CHECKING:
+    from lightning_prune.channels.approximate import Statistic
 
 FIXED = 0
 
@@ -49,10 +53,12 @@ class Labels:
     Args:
         given: Label arrays by parameter name and axis, for a network whose channels were removed already; by default
             every axis gets fresh labels.
+        approximate: Whether channels may leave from what a normalisation averages over.
     """
 
-    def __init__(self, given: dict[str, list[np.ndarray]] | None = None) -> None:
+    def __init__(self, given: dict[str, list[np.ndarray]] | None = None, approximate: bool = False) -> None:
         self.given = given
+        self.approximate = approximate
         self.count = 1
         self.slots: list[Slot] = []
         self.edges: list[tuple[np.ndarray, np.ndarray, Op]] = []
@@ -63,6 +69,7 @@ class Labels:
         self.suspects: list[tuple[np.ndarray, Op]] = []
         self.products: list[Product] = []
         self.grouped: list[tuple[str, str, np.ndarray, int]] = []
+        self.statistics: list[Statistic] = []
         self.reordered = False
         self.interleaved: dict[int, tuple[np.ndarray, int]] = {}  # by identity: array, how many rows are interleaved
         self.op: Op | None = None
@@ -135,12 +142,17 @@ class Labels:
         elif second is not None:
             self.freeze(second, f"{what} does not shrink")
 
-    def drop(self, value: Value, axes: Iterable[int], reason: str) -> list[np.ndarray]:
-        """Factors left when ``axes`` are mixed: joint arrays are collapsed over them, others on them are frozen."""
+    def drop(self, value: Value, axes: Iterable[int], reason: str, free: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+        """Factors left when ``axes`` are mixed: joint arrays are collapsed over them, others on them are frozen.
+
+        Those in ``free`` are left out, and not frozen.
+        """
         left = []
         mixed = {a % len(value.shape) for a in axes} if value.shape else set()
         for factor in self.factors(value):
             varying = set(span(factor))
+            if any(factor is f for f in free):
+                continue
             if not varying & mixed:
                 left.append(factor)
             elif varying <= mixed:

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_prune.channels.alignment import RoundTo, resolve_round_to
+from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
@@ -34,6 +35,8 @@ class RemovalPlan:
         costs: ``channels``, ``params`` and ``macs``: (before, after). MACs at the traced example inputs.
         training: Whether the check must also run the branches that only training takes.
         replaced: Modules that are replaced by ones with a free inner width before channels leave: name -> kind.
+        statistics: Operations that average over channels of which some leave: module, which of the module's, ``axis``
+            from the end, indices that stay. Empty unless the graph was traced with ``approximate=True``.
     """
 
     keep: dict[str, dict[int, list[int]]]
@@ -44,6 +47,7 @@ class RemovalPlan:
     costs: dict[str, tuple[int, int]] = field(default_factory=dict)
     training: bool = False
     replaced: dict[str, str] = field(default_factory=dict)
+    statistics: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON content."""
@@ -205,6 +209,9 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
     plan.costs = {w: (costs.cost(w, costs.sizes), costs.cost(w, after)) for w in ("channels", "params", "macs")}
     plan.training = graph.training
     plan.attributes = leaf_attributes(graph.model, plan, _group_counts(graph, stays))
+    plan.statistics = statistics_of(graph, stays)
+    for module, sizes in normalised_sizes(graph.model, plan.statistics).items():
+        plan.attributes.setdefault(module, {}).update(sizes)
     for module, changes in _written_sizes(graph, stays).items():
         for attribute, value in changes.items():
             plan.attributes.setdefault(module, {}).setdefault(attribute, value)

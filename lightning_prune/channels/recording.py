@@ -235,6 +235,25 @@ def evaluation(model: nn.Module, *, grad: bool = False, training: bool = False) 
                 module.training = mode
 
 
+@contextmanager
+def following(model: nn.Module) -> Iterator[list[str]]:
+    """Keep a list of the names of the modules that are running, the innermost last ("" is the model itself)."""
+    running = [""]
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names.get(id(module), running[-1]))
+
+    def leave(module: nn.Module, _: Any, __: Any) -> None:
+        if len(running) > 1:
+            running.pop()
+
+    with ExitStack() as stack:
+        stack.callback(register_module_forward_pre_hook(enter).remove)
+        stack.callback(register_module_forward_hook(leave, always_call=True).remove)
+        yield running
+
+
 def record(
     model: nn.Module,
     example_inputs: Any,
@@ -262,23 +281,10 @@ def record(
         if id(tensor) not in leaves:
             leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name)
     state = _State()
-    names = {id(module): name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, _: Any) -> None:
-        state.modules.append(names.get(id(module), state.modules[-1]))
-
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
-        if len(state.modules) > 1:
-            state.modules.pop()
-
     recorder = _Recorder(leaves, state, recording.ops)
     inputs = map_tensors(torch.clone, example_inputs)
     with ExitStack() as stack:
-        for handle in (
-            register_module_forward_pre_hook(enter),
-            register_module_forward_hook(leave, always_call=True),
-        ):
-            stack.callback(handle.remove)
+        state.modules = stack.enter_context(following(model))
         stack.enter_context(evaluation(model, grad=grad, training=training))
         stack.enter_context(recorder)
         stack.enter_context(_Intents(state))

@@ -138,8 +138,8 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
     for name, changes in attributes.items():
         module = modules[name]
         before[name] = {key: getattr(module, key) for key in changes}
-        for key, value in changes.items():
-            setattr(module, key, value)
+        for key, value in changes.items():  # JSON knows no tuples
+            setattr(module, key, tuple(value) if isinstance(before[name][key], tuple) else value)
     return before
 
 

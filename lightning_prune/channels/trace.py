@@ -88,11 +88,15 @@ class ChannelGraph:
         lines += [f"  {f.name}, axis {f.axis}: {f.size} channels: {f.reason} [{f.where}]" for f in self.frozen]
         if self.unseen:
             lines.append(f"{len(self.unseen)} parameters that the recorded pass did not use: " + ", ".join(self.unseen))
+        averaging = list(dict.fromkeys(s.op.where() for s in self.labels.statistics))
+        if averaging:
+            lines.append(f"{len(averaging)} normalisations average over channels that may leave, which moves outputs:")
+            lines += [f"  {where}" for where in averaging]
         lines.append("Only the path that ran with these example inputs was seen.")
         return "\n".join(lines)
 
 
-def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+def trace_channels(model: nn.Module, example_inputs: Any, approximate: bool = False) -> ChannelGraph:
     """Find which channels of a model can leave, and which only together.
 
     The model runs once in eval mode without gradients (modes and flags come back as they were) and every tensor
@@ -103,6 +107,9 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Args:
         model: Any module, on any device; inside DDP's or ``torch.compile``'s wrapper, the module within is traced.
         example_inputs: A tuple holds positional arguments, a dict keyword arguments, anything else is one argument.
+        approximate: Whether LayerNorm, RMSNorm, GroupNorm with one group, and means and variances over channels may
+            lose channels. Their statistics then change, so that outputs move; :func:`compact` reports by how much. All
+            else is still checked exactly. (GroupNorm with several groups loses whole groups, which is exact.)
 
     Returns:
         The graph: ``groups``, ``frozen`` and ``explain()``.
@@ -122,10 +129,10 @@ def trace_channels(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """
     model = bare(model)
     with uncompiled(model):
-        return _trace(model, example_inputs)
+        return _trace(model, example_inputs, approximate)
 
 
-def _trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+def _trace(model: nn.Module, example_inputs: Any, approximate: bool) -> ChannelGraph:
     try:
         recordings = [record(model, example_inputs)]
     except TraceError:
@@ -135,7 +142,7 @@ def _trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
             f"{type(model).__name__} cannot be run with these example inputs ({type(error).__name__}: {error}); give a "
             "tuple of positional arguments, a dict of keyword arguments, or the single argument."
         ) from error
-    labels = propagate(recordings, Labels())
+    labels = propagate(recordings, Labels(approximate=approximate))
     names = [name for name, _ in model.named_parameters()]
     unseen = _unseen(names, recordings)
     if unseen:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from lightning_prune.channels.approximate import note
 from lightning_prune.channels.labels import Labels, span
 from lightning_prune.channels.recording import Op, Value
 from lightning_prune.channels.rules.registry import argument, axes_of, rule, tensor
@@ -28,13 +29,20 @@ def batch_norm(labels: Labels, op: Op) -> None:
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(labels: Labels, op: Op) -> None:
-    """Every position of the normalised axes enters the statistics: channels there stay."""
+    """Every position of the normalised axes enters the statistics: channels there stay, or leave on request."""
     x, size = tensor(op, 0), len(op.args[1])
-    first = len(x.shape) - size
+    axes = range(len(x.shape) - size, len(x.shape))
     kind = "LayerNorm" if "layer" in op.name else "RMSNorm"
-    op.outs[0].factors = labels.drop(x, range(first, len(x.shape)), f"{kind} takes statistics over it")
+    noted = note(labels, op, axes)
+    free = {a for f in noted for a in span(f)}
+    op.outs[0].factors = noted + labels.drop(x, set(axes) - free, f"{kind} takes statistics over it", noted)
     for value in op.tensors()[1:]:
-        labels.freeze(labels.factors(value), f"{kind} takes statistics over it")
+        for axis in axes:
+            own = labels.along(value, axis - axes[0])
+            if own is not None and axis in free:
+                labels.meet(x, axis, value, axis - axes[0], f"a parameter of {kind}")
+            elif own is not None:
+                labels.freeze(own, f"{kind} takes statistics over it")
 
 
 @rule("native_group_norm", "group_norm")
@@ -52,7 +60,9 @@ def group_norm(labels: Labels, op: Op) -> None:
     if ids is None:
         return
     table = ids.reshape(groups, -1)
-    if groups == 1:
+    if groups == 1 and note(labels, op, [1]):
+        pass  # on request
+    elif groups == 1:
         labels.freeze(ids, "GroupNorm with one group takes statistics over it")
     else:
         labels.collapse(table, [1])
@@ -73,7 +83,7 @@ def reduce(labels: Labels, op: Op) -> None:
     if isinstance(dims, bool):  # std(x, unbiased)
         dims = None
     axes = axes_of(dims, ndim)
-    left = labels.drop(x, axes, f"{op.name} is taken over it")
+    left = labels.drop(x, axes, f"{op.name} is taken over it", note(labels, op, axes))
     for out in op.outs:
         if len(out.shape) == ndim:
             out.factors = left
