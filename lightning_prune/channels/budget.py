@@ -1,6 +1,6 @@
 """Budgets, and the search for how many channels of each group stay."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -205,14 +205,6 @@ class Family:
         return np.rint(result.x[:n]).astype(int)
 
 
-@dataclass
-class _Step:
-    """One removal: after it, ``unit`` (a group, or a family) is in state ``state``."""
-
-    unit: int
-    state: int
-
-
 def families(graph: ChannelGraph) -> list[list[int]]:
     """Groups bound to each other by balance, as lists of group numbers."""
     parent = list(range(len(graph.groups)))
@@ -247,6 +239,59 @@ def allowed_widths(group: ChannelGroup, round_to: int, min_channels: int) -> lis
     return [group.size, *widths]
 
 
+class _Removals:
+    """All removals in one order: the first ``n`` of them leave a width to every group.
+
+    A unit is a group, or groups bound to each other. It starts in state 0, at full width, and each removal puts one
+    unit into its next state.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        sizes: np.ndarray,
+        round_to: int,
+        min_channels: int,
+        ranked: Sequence[np.ndarray] | None,
+    ) -> None:
+        self.sizes = sizes
+        self.families = [Family(graph, members, min_channels) for members in families(graph)]
+        bound = {int(g) for family in self.families for g in family.members}
+        self.groups = [g for g in range(len(graph.groups)) if g not in bound]
+        self.widths = [np.array(allowed_widths(graph.groups[g], round_to, min_channels)) for g in self.groups]
+        keys = []
+        for g, widths in zip(self.groups, self.widths, strict=True):
+            if ranked is None:
+                keys.append(-widths[:-1] / sizes[g])
+            else:
+                keys.append(ranked[g][sizes[g] - widths[1:] - 1])
+        steps = np.arange(1, LEVELS)
+        for family in self.families:
+            if ranked is None:
+                keys.append(-(LEVELS - steps + 1) / LEVELS)
+            else:
+                pool = np.sort(np.concatenate([ranked[g] for g in family.members]))
+                keys.append(pool[np.maximum(len(pool) * steps // LEVELS, 1) - 1])
+        units = np.repeat(np.arange(len(keys)), [len(k) for k in keys])
+        states = np.concatenate([np.arange(1, len(k) + 1) for k in keys])
+        order = np.lexsort((states, units, np.concatenate(keys)))
+        self.units, self.states = units[order], states[order]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def kept(self, count: int) -> np.ndarray:
+        """Channels that each group keeps after the first ``count`` removals."""
+        reached = np.zeros(len(self.groups) + len(self.families), dtype=np.int64)
+        np.maximum.at(reached, self.units[:count], self.states[:count])
+        kept = self.sizes.copy()
+        for g, widths, state in zip(self.groups, self.widths, reached, strict=False):
+            kept[g] = widths[state]
+        for family, state in zip(self.families, reached[len(self.groups) :], strict=True):
+            kept[family.members] = family.state(LEVELS - int(state))
+        return kept
+
+
 def search(
     graph: ChannelGraph,
     budget: Budget,
@@ -274,58 +319,21 @@ def search(
     Raises:
         BudgetError: Even the narrowest network costs more.
     """
-    bound = families(graph)
-    tied = {g for family in bound for g in family}
-    units: list[Callable[[int], tuple[np.ndarray, np.ndarray]]] = []
-    keyed: list[tuple[float, int, int]] = []
-    for g, group in enumerate(graph.groups):
-        if g in tied:
-            continue
-        widths = allowed_widths(group, round_to, min_channels)
-        unit = len(units)
-        units.append(lambda s, g=g, widths=widths: (np.array([g]), np.array([widths[s]])))  # type: ignore[misc]
-        for state in range(1, len(widths)):
-            if ranked is None:
-                key = -widths[state - 1] / group.size
-            else:
-                key = float(ranked[g][group.size - widths[state] - 1])
-            keyed.append((key, unit, state))
-    for members in bound:
-        family = Family(graph, members, min_channels)
-        unit = len(units)
-        units.append(lambda s, f=family: (f.members, f.state(LEVELS - s)))  # type: ignore[misc]
-        for state in range(1, LEVELS):
-            key = -(LEVELS - state + 1) / LEVELS
-            if ranked is not None:
-                pool = np.sort(np.concatenate([ranked[g] for g in members]))
-                key = float(pool[len(pool) * state // LEVELS - 1 if len(pool) * state >= LEVELS else 0])
-            keyed.append((key, unit, state))
-    keyed.sort()
-    steps = [_Step(unit, state) for _, unit, state in keyed]
-
-    def kept(count: int) -> np.ndarray:
-        states = [0] * len(units)
-        for step in steps[:count]:
-            states[step.unit] = max(states[step.unit], step.state)
-        widths = costs.sizes.copy()
-        for unit, state in zip(units, states, strict=True):
-            groups, values = unit(state)
-            widths[groups] = values
-        return widths
-
-    limit = budget.fraction * costs.cost(budget.what, costs.sizes)
-    low, high = 0, len(steps)
+    removals = _Removals(graph, costs.sizes, round_to, min_channels, ranked)
+    full = costs.cost(budget.what, costs.sizes)
+    limit = budget.fraction * full
+    low, high = 0, len(removals)
     while low < high:
         middle = (low + high) // 2
-        if costs.cost(budget.what, kept(middle)) <= limit:
+        if costs.cost(budget.what, removals.kept(middle)) <= limit:
             high = middle
         else:
             low = middle + 1
-    found = kept(low)
+    found = removals.kept(low)
     if costs.cost(budget.what, found) > limit:
-        least = costs.cost(budget.what, found) / max(costs.cost(budget.what, costs.sizes), 1)
         raise BudgetError(
             f"Budget({budget.what}={budget.fraction}) cannot be met: with every group at its narrowest "
-            f"{least:.4f} of the {budget.what} stay. Raise the budget, or lower min_channels or round_to."
+            f"{costs.cost(budget.what, found) / max(full, 1):.4f} of the {budget.what} stay. Raise the budget, or lower "
+            "min_channels or round_to."
         )
     return found
