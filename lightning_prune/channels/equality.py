@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.channels.approximate import ignoring
+from lightning_prune.channels.attention import replaced
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.recording import Recording, call_model, evaluation, map_tensors, output_tensors, record
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
@@ -142,7 +143,7 @@ def compare(model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, seed: i
             child_tensors[name].requires_grad_()
     before = set_attributes(model, plan.attributes)
     try:
-        with substituted(model, child_tensors), default_dtype(dtype):
+        with replaced(model, plan.replaced), substituted(model, child_tensors), default_dtype(dtype):
             watched = {n: p for n, p in model.named_parameters() if p.requires_grad and n in plan.keep}
             try:
                 recording = record(model, inputs, grad=True, training=plan.training)

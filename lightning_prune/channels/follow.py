@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_prune.channels.attention import replaced
 from lightning_prune.channels.groups import make_groups
 from lightning_prune.channels.labels import FIXED, Labels
 from lightning_prune.channels.recording import Op, Recording, record
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 MAX_TRIALS = 12
 MAX_FITS = 24
+# Whether memory must be copied depends on sizes (of a single head, never): these ops are not held against each other.
+_COPIES = {"clone", "contiguous"}
+_VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
 
 
 @dataclass
@@ -118,7 +122,7 @@ def run_child(graph: "ChannelGraph", plan: "RemovalPlan") -> tuple[Recording, st
     recording = Recording()
     before = set_attributes(graph.model, plan.attributes)
     try:
-        with substituted(graph.model, small):
+        with replaced(graph.model, graph.replaced), substituted(graph.model, small):
             record(graph.model, graph.example_inputs, into=recording)
     except Exception as error:
         return recording, f"{type(error).__name__}: {error}"
@@ -141,21 +145,24 @@ def examine(graph: "ChannelGraph", plan: "RemovalPlan", stays: np.ndarray) -> Ou
     child, error = run_child(graph, plan)
     outcome = Outcome()
     cache: dict[int, int] = {}
-    for index, (one, other) in enumerate(zip(parent.ops, child.ops, strict=False)):
-        difference = _differs(one, other, stays, cache)
+    ours = [i for i, op in enumerate(parent.ops) if op.name not in _COPIES]
+    theirs = [i for i, op in enumerate(child.ops) if op.name not in _COPIES]
+    seen = child.ops
+    for one, other in zip(ours, theirs, strict=False):
+        difference = _differs(parent.ops[one], child.ops[other], stays, cache)
         if difference:
-            outcome.index, outcome.why = index, difference
+            outcome.index, outcome.why, seen = one, difference, child.ops[:other]
             break
     else:
-        if error or len(parent.ops) != len(child.ops):
-            outcome.index = min(len(child.ops), len(parent.ops) - 1)
+        if error or len(ours) != len(theirs):
+            outcome.index = ours[min(len(theirs), len(ours) - 1)]
             outcome.why = error or "another number of operations ran"
     labels = _ChildLabels(graph, plan)
-    seen = child.ops[: outcome.index] if outcome.index is not None else child.ops
     propagate([Recording(seen, [] if outcome.index is not None else child.outputs)], labels)
     outcome.child = None if error else child
     if labels.bad:
-        first = next(i for i, op in enumerate(seen) if op is labels.bad[0])
+        places = dict(zip(theirs, ours, strict=False))
+        first = next(places[i] for i, op in enumerate(seen) if op is labels.bad[0] and i in places)
         if outcome.index is None or first < outcome.index:
             outcome.index, outcome.why = first, "channels meet in another order or number"
     outcome.orders = labels.orders
@@ -163,7 +170,7 @@ def examine(graph: "ChannelGraph", plan: "RemovalPlan", stays: np.ndarray) -> Ou
 
 
 def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) -> str:
-    if parent.name != child.name:
+    if parent.name != child.name and not {parent.name, child.name} <= _VIEWS:
         return f"{child.name} ran in the place of {parent.name}"
     for one, other in zip(parent.outs, child.outs, strict=False):
         if len(one.shape) != len(other.shape):
@@ -251,8 +258,8 @@ def _settle(graph: "ChannelGraph", outcome: Outcome, widths: np.ndarray) -> tupl
     for op in outcome.child.ops:
         for value in [*op.tensors(), *op.outs]:
             value.factors = None
-    labels = propagate([outcome.child], Labels(approximate=graph.labels.approximate))
-    groups = {group.key: group for group in make_groups(labels).groups}
+    labels = Labels(approximate=graph.labels.approximate, trusted=graph.labels.trusted)
+    groups = {group.key: group for group in make_groups(propagate([outcome.child], labels)).groups}
     found, unfit = widths.copy(), set()
     owners: dict[tuple[str, int], int] = {}
     for number, group in enumerate(graph.groups):

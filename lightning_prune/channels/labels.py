@@ -54,11 +54,18 @@ class Labels:
         given: Label arrays by parameter name and axis, for a network whose channels were removed already; by default
             every axis gets fresh labels.
         approximate: Whether channels may leave from what a normalisation averages over.
+        trusted: Modules whose sizes are known to follow a removal although Python code spells them out.
     """
 
-    def __init__(self, given: dict[str, list[np.ndarray]] | None = None, approximate: bool = False) -> None:
+    def __init__(
+        self,
+        given: dict[str, list[np.ndarray]] | None = None,
+        approximate: bool = False,
+        trusted: frozenset[str] = frozenset(),
+    ) -> None:
         self.given = given
         self.approximate = approximate
+        self.trusted = trusted
         self.count = 1
         self.slots: list[Slot] = []
         self.edges: list[tuple[np.ndarray, np.ndarray, Op]] = []
@@ -164,7 +171,8 @@ class Labels:
     def suspect(self, factor: np.ndarray) -> None:
         """Note that the operation's sizes were written out in Python, which may not follow a removal."""
         assert self.op is not None
-        self.suspects.append((factor.ravel(), self.op))
+        if self.op.module not in self.trusted:
+            self.suspects.append((factor.ravel(), self.op))
 
     def balance_pieces(self, factor: np.ndarray, axis: int, pieces: Sequence[np.ndarray]) -> None:
         """Demand that equal pieces of an axis stay equally long.

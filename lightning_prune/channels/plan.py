@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.channels.alignment import RoundTo, resolve_round_to
 from lightning_prune.channels.approximate import normalised_sizes, statistics_of
+from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
@@ -215,6 +216,11 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
     for module, changes in _written_sizes(graph, stays).items():
         for attribute, value in changes.items():
             plan.attributes.setdefault(module, {}).setdefault(attribute, value)
+    with replaced(graph.model, graph.replaced):
+        names, sizes = narrowed(graph.model, plan)
+    plan.replaced = {name: graph.replaced[name] for name in names if name in graph.replaced}
+    for module, changes in sizes.items():
+        plan.attributes.setdefault(module, {}).update(changes)
     return plan
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
+from lightning_prune.channels.attention import check_kinds, replace
 from lightning_prune.errors import MaskMismatchError, PruneError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def check_fits(plan: "RemovalPlan", model: nn.Module) -> None:
     for name in plan.attributes:
         if name not in modules:
             raise MaskMismatchError(f"the plan changes module {name!r}, which this {type(model).__name__} lacks.")
+    check_kinds(model, plan.replaced)
 
 
 def leaf_attributes(model: nn.Module, plan: "RemovalPlan", groups: Mapping[str, int]) -> dict[str, dict[str, Any]]:
@@ -161,6 +163,7 @@ def carry_out(plan: "RemovalPlan", model: nn.Module, optimizers: Iterable[Optimi
                 for key, value in state.items():
                     if isinstance(value, Tensor) and value.shape == shape:
                         state[key] = take(value, axes)
+    replace(model, plan.replaced)
     set_attributes(model, plan.attributes)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):

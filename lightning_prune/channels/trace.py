@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_prune.channels.attention import replaceable, replaced, replaced_modules
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, make_groups
 from lightning_prune.channels.labels import Labels
 from lightning_prune.channels.recording import Recording, record
@@ -16,8 +17,12 @@ from lightning_prune.errors import TraceError
 def propagate(recordings: Sequence[Recording], labels: Labels) -> Labels:
     """Carry labels through every recorded operation; an operation without a rule freezes whatever it touches."""
     for recording in recordings:
+        unread = _unread_averages(recording, labels)
         for op in recording.ops:
             labels.op = op
+            if id(op) in unread:
+                op.outs[0].factors = []
+                continue
             rule = RULES.get(op.name)
             if rule is None:
                 _unknown(labels, op, f"{op.name} has no rule")
@@ -30,6 +35,15 @@ def propagate(recordings: Sequence[Recording], labels: Labels) -> Labels:
         for value in recording.outputs:
             labels.freeze(labels.factors(value), "it is an output of the model")
     return labels
+
+
+def _unread_averages(recording: Recording, labels: Labels) -> set[int]:
+    """Averages over heads that replaced attention returns because nobody asked it not to, and that nobody reads."""
+    averages = [op for op in recording.ops if op.name == "mean" and op.module in labels.trusted]
+    if not averages:
+        return set()
+    read = {id(value) for op in recording.ops for value in op.tensors()} | {id(v) for v in recording.outputs}
+    return {id(op) for op in averages if id(op.outs[0]) not in read}
 
 
 def _unknown(labels: Labels, op: Any, reason: str) -> None:
@@ -53,6 +67,9 @@ class ChannelGraph:
         groups: Channels that can leave, sorted into groups that leave together.
         frozen: Channels that may not leave, with the reason.
         unseen: Parameters that no recorded operation used; they stay as they are.
+        replaced: Attention modules that were replaced while the model was traced, by name: their kinds. Those whose
+            heads really leave are replaced for good by :func:`compact`.
+        notes: What else the caller should know.
     """
 
     def __init__(
@@ -65,6 +82,8 @@ class ChannelGraph:
         self.recordings = recordings
         self.training = False
         self.unseen: list[str] = []
+        self.replaced: dict[str, str] = {}
+        self.notes: list[str] = []
         self.operations = 0
 
     @property
@@ -92,11 +111,16 @@ class ChannelGraph:
         if averaging:
             lines.append(f"{len(averaging)} normalisations average over channels that may leave, which moves outputs:")
             lines += [f"  {where}" for where in averaging]
+        for name, kind in self.replaced.items():
+            lines.append(f"  {name}: a {kind.rpartition('.')[2]}, replaced by one of free inner width if heads leave")
+        lines += self.notes
         lines.append("Only the path that ran with these example inputs was seen.")
         return "\n".join(lines)
 
 
-def trace_channels(model: nn.Module, example_inputs: Any, approximate: bool = False) -> ChannelGraph:
+def trace_channels(
+    model: nn.Module, example_inputs: Any, approximate: bool = False, replace_attention: bool = True
+) -> ChannelGraph:
     """Find which channels of a model can leave, and which only together.
 
     The model runs once in eval mode without gradients (modes and flags come back as they were) and every tensor
@@ -110,6 +134,11 @@ def trace_channels(model: nn.Module, example_inputs: Any, approximate: bool = Fa
         approximate: Whether LayerNorm, RMSNorm, GroupNorm with one group, and means and variances over channels may
             lose channels. Their statistics then change, so that outputs move; :func:`compact` reports by how much. All
             else is still checked exactly. (GroupNorm with several groups loses whole groups, which is exact.)
+        replace_attention: Whether heads may leave where the forward code takes its inner width from its input
+            (``nn.MultiheadAttention``, torchvision's Swin, SwinV2 and MaxViT attention). Such modules are traced, and
+            where heads leave replaced for good, as subclasses of their own class whose inner width is free: the same
+            objects, parameters, hooks and ``state_dict`` keys. False: their heads stay. Attention that reads its own
+            head counts needs no replacement and is not concerned.
 
     Returns:
         The graph: ``groups``, ``frozen`` and ``explain()``.
@@ -128,11 +157,20 @@ def trace_channels(model: nn.Module, example_inputs: Any, approximate: bool = Fa
         equality check of :func:`compact` is what catches their effect.
     """
     model = bare(model)
+    kinds = replaceable(model) if replace_attention else {}
     with uncompiled(model):
-        return _trace(model, example_inputs, approximate)
+        try:
+            with replaced(model, kinds):
+                return _trace(model, example_inputs, approximate, kinds)
+        except TraceError as error:
+            if not kinds:
+                raise
+            graph = _trace(model, example_inputs, approximate, {})
+            graph.notes.append(f"No attention was replaced, since the model did not run with replacements: {error}")
+            return graph
 
 
-def _trace(model: nn.Module, example_inputs: Any, approximate: bool) -> ChannelGraph:
+def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict[str, str]) -> ChannelGraph:
     try:
         recordings = [record(model, example_inputs)]
     except TraceError:
@@ -142,7 +180,8 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool) -> ChannelG
             f"{type(model).__name__} cannot be run with these example inputs ({type(error).__name__}: {error}); give a "
             "tuple of positional arguments, a dict of keyword arguments, or the single argument."
         ) from error
-    labels = propagate(recordings, Labels(approximate=approximate))
+    trusted = frozenset(replaced_modules(model))
+    labels = propagate(recordings, Labels(approximate=approximate, trusted=trusted))
     names = [name for name, _ in model.named_parameters()]
     unseen = _unseen(names, recordings)
     if unseen:
@@ -160,6 +199,7 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool) -> ChannelG
     graph = ChannelGraph(model, example_inputs, labels, make_groups(labels), recordings)
     graph.training = len(recordings) > 1
     graph.unseen = unseen
+    graph.replaced = kinds
     graph.operations = sum(len(r.ops) for r in recordings)
     if graph.labels.suspects:
         from lightning_prune.channels.follow import freeze_fixed_sizes

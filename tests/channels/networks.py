@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_prune.channels.equality import random_tensors
+
 
 class Net(nn.Module):
     """A network whose forward pass is a function of itself, so that each case reads as one definition."""
@@ -246,6 +248,22 @@ CASES = [
     Case("heads, grouped queries", lambda w: _transformer(6, Attention(6, w, 3, kv_heads=w // 2)), (2, 5, 6), [4]),
     Case("heads, one projection", lambda w: _transformer(6, FusedAttention(6, w // 2, 3)), (2, 5, 6), [4]),
 ]  # fmt: skip
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """The model in float64 and eval mode with random weights and statistics."""
+    values = random_tensors(model, torch.float64, 3)
+    model.double().eval()
+    with torch.no_grad():
+        for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+            tensor.copy_(values[name])
+    return model
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    """Same shape, and equal but for rounding in float64."""
+    assert a.shape == b.shape
+    assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), float((a - b).abs().max())
 
 
 def example(case: Case) -> Tensor:

@@ -5,20 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
-from lightning_prune.channels.equality import random_tensors
-from tests.channels.networks import CASES, Case, example
-
-
-def _randomised(model: nn.Module) -> nn.Module:
-    values = random_tensors(model, torch.float64, 3)
-    model.double().eval()
-    with torch.no_grad():
-        for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
-            tensor.copy_(values[name])
-    return model
+from tests.channels.networks import CASES, Case, example, randomised
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -31,7 +20,7 @@ def test_groups_are_found(case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_compact_equals_the_network_built_by_hand(case: Case) -> None:
     """Weights sliced by NumPy into a network that was built narrow give what compact() leaves."""
-    model = _randomised(case.build(8))
+    model = randomised(case.build(8))
     inputs = example(case)
     if inputs.is_floating_point():
         inputs = inputs.double()

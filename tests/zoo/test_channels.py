@@ -6,7 +6,7 @@ import torch
 from lightning_prune.channels import Budget
 from lightning_prune.coverage import check_model, input_size, torchvision_builder, torchvision_models
 
-SPREAD = {"resnet18": 0.3, "mobilenet_v3_small": 0.33, "squeezenet1_1": 0.4, "shufflenet_v2_x1_0": 0.4, "swin_t": 0.8}
+SPREAD = {"resnet18": 0.3, "mobilenet_v3_small": 0.33, "squeezenet1_1": 0.4, "shufflenet_v2_x1_0": 0.4, "swin_t": 0.6}
 TOO_LARGE = {"vit_h_14", "regnet_y_128gf"}  # float64 with momentum takes more memory than 24 GiB
 
 
@@ -28,4 +28,4 @@ def test_a_spread_of_networks(name: str) -> None:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", [n for n in torchvision_models() if n not in TOO_LARGE])
 def test_every_classification_network(name: str) -> None:
-    _check(name, 0.8 if name.startswith(("vit", "swin", "maxvit", "convnext")) else 0.4)
+    _check(name, 0.6 if name.startswith(("vit", "swin", "maxvit", "convnext")) else 0.4)
