@@ -333,7 +333,7 @@ def search(
     if costs.cost(budget.what, found) > limit:
         raise BudgetError(
             f"Budget({budget.what}={budget.fraction}) cannot be met: with every group at its narrowest "
-            f"{costs.cost(budget.what, found) / max(full, 1):.4f} of the {budget.what} stay. Raise the budget, or lower "
-            "min_channels or round_to."
+            f"{costs.cost(budget.what, found) / max(full, 1):.4f} of the {budget.what} stay. Raise the budget, or "
+            "lower min_channels or round_to."
         )
     return found

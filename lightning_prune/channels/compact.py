@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -13,7 +14,7 @@ from lightning_prune.channels.equality import TOLERANCE, compare, masked
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers, named_tensors, substituted
 from lightning_prune.channels.wrappers import bare, uncompiled
-from lightning_prune.errors import EqualityError
+from lightning_prune.errors import ConfigError, EqualityError
 
 
 @dataclass
@@ -45,12 +46,15 @@ class CompactReport:
 
 
 def compact(
-    model: nn.Module, plan: RemovalPlan, example_inputs: Any, optimizers: Iterable[Optimizer] | Optimizer = ()
+    model: nn.Module,
+    plan: RemovalPlan,
+    example_inputs: Any,
+    optimizers: Iterable[Optimizer] | Optimizer = (),
+    precision: torch.dtype = torch.float64,
 ) -> CompactReport:
     """Remove the plan's channels in place, after proving that nothing else changes.
 
-    Before anything is touched, stand-in random weights in float64 are put in the place of the model's own and the
-    masked
+    Before anything is touched, stand-in random weights are put in the place of the model's own and the masked
     parent (leaving channels zero where each consumer reads them) is compared with the compact child; every parameter of
     the plan must influence the outputs there. Then the same ``Parameter`` objects shrink, with their gradients and
     optimizer state.
@@ -61,15 +65,18 @@ def compact(
         plan: What leaves.
         example_inputs: As for :func:`trace_channels`.
         optimizers: Optimizers over the model's parameters; their per-element state is sliced along.
+        precision: Of the check: ``torch.float64`` (allows 1e-9 of the outputs' scale) or the cheaper ``torch.float32``
+            (1e-4).
 
     Returns:
         Costs before and after, and the error of the check.
 
     Raises:
-        EqualityError: The outputs differ by more than 1e-9 of their scale (float64; 1e-4 where the forward code
-            insists on float32), or the check cannot see a branch. The model is as it was.
+        EqualityError: The outputs differ by more than 1e-9 of their scale (1e-4 in float32, or where the forward code
+            insists on that), or the check cannot see a branch. The model is as it was.
         MaskMismatchError: The plan belongs to another model.
         PruneError: Optimizer state that cannot be sliced.
+        ConfigError: Another precision.
     """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     model = bare(model)
@@ -77,7 +84,7 @@ def compact(
         check_fits(plan, model)
         check_optimizers(plan, model, optimizers)
         start = time.perf_counter()
-        error, dtype = verify(model, plan, example_inputs)
+        error, dtype = verify(model, plan, example_inputs, precision)
         checked = time.perf_counter()
         before = _outputs_before(model, plan, example_inputs) if plan.statistics else None
         ready = time.perf_counter()
@@ -111,9 +118,13 @@ def remember(model: nn.Module, plan: RemovalPlan) -> None:
 
 
 def verify(
-    model: nn.Module, plan: RemovalPlan, example_inputs: Any, seeds: Sequence[int] = range(12)
+    model: nn.Module,
+    plan: RemovalPlan,
+    example_inputs: Any,
+    precision: torch.dtype = torch.float64,
+    seeds: Sequence[int] = range(12),
 ) -> tuple[float, str]:
-    """Run the equality check; with other random weights where an output did not depend on a branch.
+    """Run the equality check, again with other random weights where an output did not depend on a branch.
 
     A narrow ReLU may happen to be off: a dozen draws at most.
 
@@ -123,11 +134,13 @@ def verify(
     Raises:
         EqualityError: See :func:`compact`.
     """
+    if precision not in TOLERANCE:
+        raise ConfigError(f"precision={precision}: the check runs in torch.float64 or torch.float32.")
     blind: set[str] | None = None
     worst = 0.0
     for seed in seeds:
         try:
-            found, _ = compare(model, plan, example_inputs, seed=seed)
+            found = compare(model, plan, example_inputs, precision=precision, seed=seed)
         except EqualityError as error:
             raise EqualityError(f"{error} {_advice(plan)}") from error
         worst = max(worst, found.error)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.channels.approximate import ignoring
 from lightning_prune.channels.attention import replaced
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.recording import Recording, call_model, evaluation, map_tensors, output_tensors, record
+from lightning_prune.channels.recording import call_model, evaluation, map_tensors, output_tensors
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
 from lightning_prune.errors import EqualityError
 
@@ -63,27 +63,29 @@ def random_tensors(model: nn.Module, dtype: torch.dtype, seed: int) -> dict[str,
         offset = (offset + 1237) % _PERIOD
         base = torch.roll(noise, offset)
         size = tensor.numel()
-        values = base.repeat(math.ceil(size / _PERIOD))[:size].reshape(tensor.shape)
         if tensor.dim() >= 2:
-            values *= math.sqrt(6 / max(1, size // tensor.shape[0]))
+            base = base * math.sqrt(6 / max(1, size // tensor.shape[0]))
         elif leaf in ("running_var", "weight", "weight_g", "original0") or leaf.startswith("gamma"):
-            values.mul_(0.5).add_(1)
+            base = base * 0.5 + 1
         else:
-            values *= 0.5
-        found[name] = values.to(tensor.device)
+            base = base * 0.5
+        found[name] = base.to(tensor.device).repeat(math.ceil(size / _PERIOD))[:size].reshape(tensor.shape)
     return found
+
+
+def silence_(plan: RemovalPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Silence the leaving channels where each consumer reads them, in place."""
+    for name, axis in plan.reads:
+        stays = torch.zeros(tensors[name].shape[axis], dtype=torch.bool)
+        stays[plan.keep[name][axis]] = True
+        leaving = (~stays).nonzero()[:, 0].to(tensors[name].device)
+        tensors[name].index_fill_(axis, leaving, 0)
 
 
 def masked(plan: RemovalPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parent's tensors with the leaving channels silenced where each consumer reads them."""
-    result = dict(tensors)
-    for name, axis in plan.reads:
-        stays = torch.zeros(result[name].shape[axis], dtype=torch.bool)
-        stays[plan.keep[name][axis]] = True
-        leaving = (~stays).nonzero()[:, 0].to(result[name].device)
-        if result[name] is tensors[name]:
-            result[name] = tensors[name].clone()
-        result[name].index_fill_(axis, leaving, 0)
+    result = {**tensors, **{name: tensors[name].detach().clone() for name, _ in plan.reads}}
+    silence_(plan, result)
     return result
 
 
@@ -111,61 +113,71 @@ def check_inputs(example_inputs: Any, dtype: torch.dtype, seed: int) -> Any:
     return map_tensors(change, example_inputs)
 
 
-def compare(model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, seed: int = 0) -> tuple[Equality, Recording]:
+def compare(
+    model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, precision: torch.dtype = torch.float64, seed: int = 0
+) -> Equality:
     """Compare the masked parent with the compact child on random weights.
 
     The model's own tensors are not touched: other tensors stand in for them. Attributes are set for the child's pass
     and put back.
 
-    Returns:
-        What was found, and the recording of the child.
+    Args:
+        model: The model that the plan is for.
+        plan: What leaves.
+        example_inputs: As for :func:`trace_channels`.
+        precision: ``torch.float64``, or ``torch.float32``, which is also used where the forward code insists on it.
+        seed: Of the weights.
 
     Raises:
-        EqualityError: The child cannot run, outputs differ in number or shape, all outputs are 0, or none depends on
-            any parameter of the plan.
+        EqualityError: The child cannot run, outputs differ in number or shape, or all outputs are 0.
     """
-    dtype = torch.float64
-    tensors = random_tensors(model, dtype, seed)
-    inputs = check_inputs(example_inputs, dtype, seed)
+    tensors = random_tensors(model, precision, seed)
+    inputs = check_inputs(example_inputs, precision, seed)
+    small = {name: take(tensors[name], axes) for name, axes in plan.keep.items()}  # before the parent is silenced
+    silence_(plan, tensors)
     try:
-        parent = _parent(model, plan, tensors, inputs, dtype)
+        parent = _parent(model, plan, tensors, inputs, precision)
     except RuntimeError as error:
-        if "dtype" not in str(error) and "Double" not in str(error) and "double" not in str(error):
+        if precision == torch.float32 or not any(w in str(error) for w in ("dtype", "Double", "double")):
             raise
-        dtype = torch.float32  # the forward code asks for single precision by name
-        tensors = random_tensors(model, dtype, seed)
-        inputs = check_inputs(example_inputs, dtype, seed)
-        parent = _parent(model, plan, tensors, inputs, dtype)
-    child_tensors = {name: take(t, plan.keep[name]) if name in plan.keep else t for name, t in tensors.items()}
-    parameters = {name for name, _ in model.named_parameters()}
-    for name in plan.keep:
-        if name in parameters and child_tensors[name].is_floating_point():
-            child_tensors[name].requires_grad_()
-    before = set_attributes(model, plan.attributes)
-    try:
-        with replaced(model, plan.replaced), substituted(model, child_tensors), default_dtype(dtype):
-            watched = {n: p for n, p in model.named_parameters() if p.requires_grad and n in plan.keep}
-            try:
-                recording = record(model, inputs, grad=True, training=plan.training)
-            except Exception as error:
-                raise EqualityError(f"the compact model cannot run ({type(error).__name__}: {error}).") from error
-            child = output_tensors(recording.result)
-            blind = _blind(child, watched)
-    finally:
-        set_attributes(model, before)
-    return Equality(_error(parent, child), dtype, blind), recording
+        # the forward code asks for single precision by name
+        return compare(model, plan, example_inputs, precision=torch.float32, seed=seed)
+    child, blind = _child(model, plan, {**tensors, **small}, inputs, precision)
+    return Equality(_error(parent, child), precision, blind)
 
 
 def _parent(
     model: nn.Module, plan: RemovalPlan, tensors: Mapping[str, Tensor], inputs: Any, dtype: torch.dtype
 ) -> list[Tensor]:
     with (
-        substituted(model, masked(plan, tensors)),
+        substituted(model, tensors),
         default_dtype(dtype),
         evaluation(model, training=plan.training),
         ignoring(model, plan),
     ):
         return output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
+
+
+def _child(
+    model: nn.Module, plan: RemovalPlan, tensors: Mapping[str, Tensor], inputs: Any, dtype: torch.dtype
+) -> tuple[list[Tensor], list[str]]:
+    """Outputs of the compact model, and the parameters of the plan on which they do not depend."""
+    parameters = {name for name, _ in model.named_parameters()}
+    for name in plan.keep:
+        if name in parameters and tensors[name].is_floating_point():
+            tensors[name].requires_grad_()
+    before = set_attributes(model, plan.attributes)
+    try:
+        with replaced(model, plan.replaced), substituted(model, tensors), default_dtype(dtype):
+            watched = {n: p for n, p in model.named_parameters() if p.requires_grad and n in plan.keep}
+            try:
+                with evaluation(model, grad=True, training=plan.training):
+                    outputs = output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
+            except Exception as error:
+                raise EqualityError(f"the compact model cannot run ({type(error).__name__}: {error}).") from error
+            return outputs, _blind(outputs, watched)
+    finally:
+        set_attributes(model, before)
 
 
 def _error(parent: list[Tensor], child: list[Tensor]) -> float:

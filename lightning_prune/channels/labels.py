@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_prune.channels.recording import Op, Value
+from lightning_prune.errors import TraceError
 
 if TYPE_CHECKING:
     from lightning_prune.channels.approximate import Statistic
 
 FIXED = 0
+MAX_ENTRIES = 100_000_000  # two int64 arrays each: 1.6 GB
 
 
 def span(factor: np.ndarray) -> tuple[int, ...]:
@@ -67,6 +69,7 @@ class Labels:
         self.approximate = approximate
         self.trusted = trusted
         self.count = 1
+        self.entries = 0
         self.slots: list[Slot] = []
         self.edges: list[tuple[np.ndarray, np.ndarray, Op]] = []
         self.frozen: list[tuple[np.ndarray, str, Op | None]] = []
@@ -111,9 +114,19 @@ class Labels:
         return factors
 
     def unify(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Demand that entries at the same place leave together."""
+        """Demand that entries at the same place leave together.
+
+        Raises:
+            TraceError: The demands of the whole model would need too much memory.
+        """
         if a is not b:
             assert self.op is not None
+            self.entries += a.size
+            if self.entries > MAX_ENTRIES:
+                raise TraceError(
+                    f"following channels up to {self.op.where()} gave {self.entries} bonds between them, more than the "
+                    f"{MAX_ENTRIES} that are held in memory. Trace a part of the model, or a narrower one."
+                )
             self.edges.append((a.ravel(), b.ravel(), self.op))
 
     def freeze(self, factors: np.ndarray | Iterable[np.ndarray], reason: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
 from lightning_prune.channels.equality import compare
-from lightning_prune.errors import EqualityError, MaskMismatchError, PruneError
+from lightning_prune.errors import ConfigError, EqualityError, MaskMismatchError, PruneError
 from tests.channels.networks import CASES, Net, conv, example
 
 
@@ -90,10 +90,23 @@ def test_zero_initialised_outputs_do_not_blind_the_check() -> None:
     nn.init.zeros_(model[5].weight)
     nn.init.zeros_(model[5].bias)
     plan = _plan(model, INPUTS)
-    found, _ = compare(model, plan, INPUTS)
-    assert found.error < 1e-12
+    assert compare(model, plan, INPUTS).error < 1e-12
     plan.keep["5.weight"][1][0] = next(i for i in range(6) if i not in plan.keep["5.weight"][1])
-    assert compare(model, plan, INPUTS)[0].error > 1e-3
+    assert compare(model, plan, INPUTS).error > 1e-3
+
+
+def test_the_check_in_single_precision_sees_what_double_sees() -> None:
+    model = _small()
+    plan = _plan(model, INPUTS)
+    found = compare(model, plan, INPUTS, precision=torch.float32)
+    assert found.error < 1e-5
+    assert found.dtype == torch.float32
+    stays = plan.keep["5.weight"][1]
+    stays[0] = next(i for i in range(6) if i not in stays)
+    with pytest.raises(EqualityError, match=r"allowed is 1e-04 in torch\.float32"):
+        compact(model, plan, INPUTS, precision=torch.float32)
+    with pytest.raises(ConfigError, match=r"precision=torch\.float16"):
+        compact(model, _plan(model, INPUTS), INPUTS, precision=torch.float16)
 
 
 def test_another_model_is_refused() -> None:

@@ -1,5 +1,7 @@
 """What may not leave is frozen with a reason that names it, and never guessed."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
 from lightning_prune.channels.rules import RULES
+from lightning_prune.errors import TraceError
 from tests.channels.networks import Net, conv
 
 IMAGE = torch.rand(2, 3, 8, 8)
@@ -85,8 +88,6 @@ def test_outputs_and_inputs_stay() -> None:
 
 
 def test_a_model_that_cannot_run_is_refused() -> None:
-    from lightning_prune.errors import TraceError
-
     with pytest.raises(TraceError, match="cannot be run with these example inputs"):
         trace_channels(conv(3, 8), torch.rand(1, 5, 4, 4))
     model = conv(3, 8).train()
@@ -116,3 +117,17 @@ def test_parameters_that_nothing_used_stay_and_are_named() -> None:
     graph = trace_channels(model, IMAGE)
     assert graph.unseen == ["spare.weight", "spare.bias"]
     assert "parameters that the recorded pass did not use: spare.weight" in graph.explain()
+
+
+def test_a_pass_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.channels.recording.MAX_OPERATIONS", 50)
+    model = Net(lambda n, x: functools.reduce(lambda h, _: n.a(h), range(100), x), a=nn.Conv2d(3, 3, 1))
+    with pytest.raises(TraceError, match=r"more than 50 tensor operations.*Give smaller or shorter example inputs"):
+        trace_channels(model, IMAGE)
+
+
+def test_labels_that_outgrow_memory_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_prune.channels.labels.MAX_ENTRIES", 30)
+    model = nn.Sequential(*[conv(8, 8) for _ in range(6)])
+    with pytest.raises(TraceError, match=r"up to convolution in [0-9] gave 3[0-9] bonds .* more than the 30"):
+        trace_channels(model, torch.rand(1, 8, 16, 16))
