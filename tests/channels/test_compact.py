@@ -48,7 +48,7 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return True
 
 
-INPUTS = torch.rand(2, 3, 6, 6)
+INPUTS = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -184,7 +184,7 @@ def test_optimizers_go_on_as_a_freshly_sliced_one_would(kind: str) -> None:
                 state[key] = value
     fresh.load_state_dict(old)
     before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(2):
+    for _ in range(3):  # an odd number: steps of one size by sign cannot cancel out
         _train_step(model, optimizer, INPUTS)
         _train_step(narrow, fresh, INPUTS)
     for (name, one), other, first in zip(model.named_parameters(), narrow.parameters(), before, strict=True):

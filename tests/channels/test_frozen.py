@@ -12,7 +12,7 @@ from lightning_prune.channels.rules import RULES
 from lightning_prune.errors import TraceError
 from tests.channels.networks import Net, conv
 
-IMAGE = torch.rand(2, 3, 8, 8)
+IMAGE = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def _reasons(model: nn.Module, inputs: object) -> dict[str, str]:

@@ -17,7 +17,7 @@ from lightning_prune.channels.scores import score_batch_norm, score_norms, score
 from lightning_prune.errors import BudgetError, ConfigError, FileFormatError
 from tests.channels.networks import CASES, Case, conv, example
 
-RESNET_INPUT = torch.rand(1, 3, 64, 64)
+RESNET_INPUT = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 COUNTED = ["resnet18", "mobilenet_v3_small", "densenet121", "regnet_y_400mf", "shufflenet_v2_x1_0", "convnext_tiny"]
 
 

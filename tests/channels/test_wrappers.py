@@ -22,7 +22,7 @@ from lightning_prune import (
 )
 from tests.channels.networks import conv
 
-INPUTS = torch.rand(2, 3, 6, 6)
+INPUTS = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
 def network() -> nn.Sequential:
