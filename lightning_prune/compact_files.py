@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from lightning_prune.channels.compact import plans_of, remember
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
 from lightning_prune.files import read_tensors, write_tensors
+from lightning_prune.wrappers import bare, uncompiled
 
 KIND = "compact"
 VERSION = 1

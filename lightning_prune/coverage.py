@@ -15,11 +15,11 @@ from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.compact import compact
 from lightning_prune.channels.equality import random_tensors
 from lightning_prune.channels.plan import plan_removal
-from lightning_prune.channels.recording import call_model, output_tensors
 from lightning_prune.channels.trace import trace_channels
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import PruneError
 from lightning_prune.files import atomic_write
+from lightning_prune.running import call_model, output_tensors
 
 
 @dataclass

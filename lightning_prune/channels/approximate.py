@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_prune.channels.labels import Labels, span
-from lightning_prune.channels.recording import Op, call_model, evaluation, following, map_tensors, output_tensors
+from lightning_prune.channels.recording import Op
 from lightning_prune.errors import EqualityError
+from lightning_prune.running import call_model, evaluation, following, map_tensors, output_tensors
 
 if TYPE_CHECKING:
     from lightning_prune.channels.plan import RemovalPlan

@@ -13,8 +13,8 @@ from lightning_prune.channels.approximate import Moved, moved, outputs_of
 from lightning_prune.channels.equality import TOLERANCE, compare, masked
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers, named_tensors, substituted
-from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import ConfigError, EqualityError
+from lightning_prune.wrappers import bare, uncompiled
 
 
 @dataclass

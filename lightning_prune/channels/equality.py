@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lightning_prune.channels.approximate import ignoring
 from lightning_prune.channels.attention import replaced
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.recording import call_model, evaluation, map_tensors, output_tensors
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
 from lightning_prune.errors import EqualityError
+from lightning_prune.running import call_model, evaluation, map_tensors, output_tensors
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PERIOD = 10_007  # prime, so that rows of a tiled matrix differ

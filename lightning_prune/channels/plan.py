@@ -17,8 +17,8 @@ from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
-from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import ConfigError, FileFormatError, TraceError
+from lightning_prune.wrappers import bare, uncompiled
 
 VERSION = 1
 

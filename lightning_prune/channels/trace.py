@@ -10,8 +10,8 @@ from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, 
 from lightning_prune.channels.labels import Labels
 from lightning_prune.channels.recording import Recording, record
 from lightning_prune.channels.rules import RULES
-from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import TraceError
+from lightning_prune.wrappers import bare, uncompiled
 
 
 def propagate(recordings: Sequence[Recording], labels: Labels) -> Labels:

@@ -14,7 +14,7 @@ import lightning_prune
 PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "times", "files", "environment", "prunable", "counting", "ranking"},
+    {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking"},
     {"masks", "scores", "selection", "ranking", "counting", "record", "costs"},
     {"channels"},
     {"acceleration", "connectivity", "checkpoint", "compact_files", "coverage", "export"},
