@@ -6,12 +6,14 @@ Add callbacks to a Trainer, or use the functions without one:
 """
 
 from lightning_prune.callbacks import (
+    ChannelPruner,
     IterativeMagnitudePruner,
     LRRewind,
     Position,
     PruneEvent,
     TicketWriter,
     WeightRewind,
+    load_compact_checkpoint,
 )
 from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
@@ -41,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Budget",
     "BudgetError",
+    "ChannelPruner",
     "ConfigError",
     "EqualityError",
     "FileFormatError",
@@ -64,6 +67,7 @@ __all__ = [
     "WriteError",
     "compact",
     "load_compact",
+    "load_compact_checkpoint",
     "load_ticket",
     "plan_removal",
     "prunable_parameters",

@@ -36,9 +36,9 @@ class Round:
         step: ``trainer.global_step`` at the round's end.
         epoch: ``trainer.current_epoch`` at the round's end, counted over the whole fit.
         steps: Optimizer steps at the round's end counted within one training, between the rewinding point and ``T``.
-        kept: Weights left, of the prunable ones.
-        total: Prunable weights of the dense network: the denominator of ``density`` and ``sparsity``.
-        digest: Digest of the masks under which this round was trained.
+        kept: Weights (or channels, see ``unit``) left, of the prunable ones.
+        total: Prunable weights (channels) of the dense network: the denominator of ``density`` and ``sparsity``.
+        digest: Digest of the masks, or of the removal plans, under which this round was trained.
         per_layer: ``{name: (kept, total)}`` for every masked tensor.
         removed: Weights that the event at the round's start removed; 0 for the dense round.
         metrics: ``{name: value}`` at the round's end.
@@ -47,6 +47,10 @@ class Round:
         best_checkpoint: Its checkpoint, relative to the run folder.
         ticket: The ticket from which this round was trained, relative to the run folder.
         stopped_early: Whether the round ended before its last step.
+        unit: What ``kept``, ``total``, ``removed`` and ``per_layer`` count: ``"weights"`` (of masked tensors) or
+            ``"channels"`` (of groups that can leave).
+        costs: ``{"channels" | "params" | "macs": (now, of the dense network)}`` where channels are removed: prunable
+            channels, all parameters, multiply-adds at the example inputs.
 
     Raises:
         ConfigError: Counts that contradict each other, or a value of the wrong type.
@@ -67,6 +71,8 @@ class Round:
     best_checkpoint: str | None = None
     ticket: str | None = None
     stopped_early: bool = False
+    unit: str = "weights"
+    costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"round {self.round!r} of the record"
@@ -78,6 +84,8 @@ class Round:
             raise ConfigError(f"{where}: kept={self.kept} is more than total={self.total}.")
         if not isinstance(self.digest, str):
             raise ConfigError(f"{where}: digest={self.digest!r} must be text.")
+        if self.unit not in ("weights", "channels"):
+            raise ConfigError(f"{where}: unit={self.unit!r} must be 'weights' or 'channels'.")
         try:  # tensors and tuples become plain numbers and one order here, so that equality and JSON need no care
             plain = {
                 "per_layer": {str(k): (int(kept), int(total)) for k, (kept, total) in self.per_layer.items()},
@@ -85,6 +93,7 @@ class Round:
                 "learning_rates": tuple(float(v) for v in self.learning_rates),
                 "best": None if self.best is None else _plain(self.best, f"{where}, best"),
                 "stopped_early": bool(self.stopped_early),
+                "costs": {str(k): (int(now), int(dense)) for k, (now, dense) in self.costs.items()},
             }
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{where}: a count, metric or learning rate is no number ({error}).") from error
@@ -93,12 +102,12 @@ class Round:
 
     @property
     def density(self) -> float:
-        """Weights left over prunable weights of the dense network; 1.0 if there are none."""
+        """Weights (channels) left over prunable ones of the dense network; 1.0 if there are none."""
         return self.kept / self.total if self.total else 1.0
 
     @property
     def sparsity(self) -> float:
-        """Weights removed over prunable weights of the dense network: ``1 - density``."""
+        """Weights (channels) removed over prunable ones of the dense network: ``1 - density``."""
         return (self.total - self.kept) / self.total if self.total else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -274,15 +283,22 @@ def check_free(folder: str | Path) -> None:
         )
 
 
-def header_text(monitor: str | None) -> str:
+_SHOWN_COSTS = ("channels", "params", "macs")
+
+
+def header_text(monitor: str | None, unit: str = "weights") -> str:
     """The table's heading for :func:`row_text`, at most 79 columns.
 
     Args:
-        monitor: Name of the metric in the fourth column; shortened to 18 characters.
+        monitor: Name of the metric in the column before the last; shortened to 18 characters.
+        unit: What the rows count.
     """
     name = monitor or "-"
     name = name if len(name) <= 18 else name[:16] + ".."
-    return f"{'round':>5}  {'weights left':>12}  {'count':>17}  {name:>18}  {'against dense':>13}"
+    left = f"{'weights left':>12}  {'count':>17}"
+    if unit == "channels":
+        left = "  ".join(f"{title:>9}" for title in ("channels", "params", "MACs"))
+    return f"{'round':>5}  {left}  {name:>18}  {'against dense':>13}"
 
 
 def row_text(row: Round, monitor: str | None, dense: Round | None = None) -> str:
@@ -297,7 +313,11 @@ def row_text(row: Round, monitor: str | None, dense: Round | None = None) -> str
     reference = None if monitor is None or dense is None or dense.round == row.round else dense.metrics.get(monitor)
     shown = "-" if value is None else _number(value)
     difference = "-" if value is None or reference is None else _number(value - reference, sign="+")
-    return f"{row.round:>5}  {f'{100 * row.density:.3f} %':>12}  {row.kept:>17,}  {shown:>18}  {difference:>13}"
+    left = f"{f'{100 * row.density:.3f} %':>12}  {row.kept:>17,}"
+    if row.unit == "channels":
+        costs = [row.costs.get(name, (1, 1)) for name in _SHOWN_COSTS]
+        left = "  ".join(f"{f'{100 * now / max(dense, 1):.2f} %':>9}" for now, dense in costs)
+    return f"{row.round:>5}  {left}  {shown:>18}  {difference:>13}"
 
 
 def _number(value: float, sign: str = "") -> str:
@@ -361,11 +381,12 @@ def _write_csv(path: Path, rows: list[dict[str, Any]], seconds: list[float | Non
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {k: v for k, v in row.items() if k not in ("per_layer", "metrics", "learning_rates", "best")}
+    flat = {k: v for k, v in row.items() if k not in ("per_layer", "metrics", "learning_rates", "best", "costs")}
     best = dict(row["best"] or {})
     flat |= {f"metrics/{k}": v for k, v in row["metrics"].items()}
     flat |= {f"best/{k}": v for k, v in best.pop("metrics", {}).items()}
     flat |= {f"best_{k}": v for k, v in best.items()}
     flat |= {f"learning_rate_{i}": v for i, v in enumerate(row["learning_rates"])}
+    flat |= {k: now for k, (now, _) in row["costs"].items()}
     flat |= {f"kept/{k}": kept for k, (kept, _) in row["per_layer"].items()}
     return flat

@@ -1,8 +1,19 @@
 """The Lightning face: callbacks decide when, call the functions of the layers below, and report."""
 
+from lightning_prune.callbacks.channels import ChannelPruner
 from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
+from lightning_prune.callbacks.plans import load_compact_checkpoint
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.callbacks.tickets import TicketWriter
 
-__all__ = ["IterativeMagnitudePruner", "LRRewind", "Position", "PruneEvent", "TicketWriter", "WeightRewind"]
+__all__ = [
+    "ChannelPruner",
+    "IterativeMagnitudePruner",
+    "LRRewind",
+    "Position",
+    "PruneEvent",
+    "TicketWriter",
+    "WeightRewind",
+    "load_compact_checkpoint",
+]

@@ -1,6 +1,7 @@
 """What stands beside a pruner in a trainer: what it may not, what the two agree on, what it does to gradients."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -9,8 +10,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.errors import ConfigError, PruneError
-from lightning_prune.masks import MaskSet
 from lightning_prune.times import TrainTime
+
+Result = TypeVar("Result")
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def rewinding_point(trainer: pl.Trainer) -> TrainTime | None:
@@ -66,18 +72,70 @@ def gradients_may_change(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     )
 
 
-def compare_ranks(masks: MaskSet) -> None:
-    """See that all processes go on with the same masks.
+def compare_ranks(digest: str, what: str = "masks") -> None:
+    """See that all processes go on with the same masks, or plan.
+
+    Args:
+        digest: Of this process's.
+        what: Of which, for the message.
 
     Raises:
         PruneError: They differ.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _distributed():
         return
     digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, masks.digest())
+    torch.distributed.all_gather_object(digests, digest)
     if len(set(digests)) > 1:
         raise PruneError(
-            f"processes chose different masks (digests {', '.join(d[:8] for d in digests)}): their weights have "
+            f"processes chose different {what} (digests {', '.join(d[:8] for d in digests)}): their weights have "
             "drifted apart. Check that the module draws no process's own random numbers into its weights."
         )
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """Call ``function`` on every process; where it fails on one, no process goes on.
+
+    Raises:
+        PruneError: It failed on another process. On the one where it failed, its own error.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except Exception as error:
+        failure = error
+    if _distributed():
+        messages: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(messages, None if failure is None else str(failure))
+        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+        if failed and failure is None:
+            raise PruneError(f"process {failed[0][0]} failed: {failed[0][1]}")
+    if failure is not None:
+        raise failure
+    return result  # type: ignore[return-value]
+
+
+def decided_once(function: Callable[[], Result]) -> Result:
+    """Call ``function`` on process 0 and give every process what it returned, or its error.
+
+    Args:
+        function: Its result is pickled: plain content.
+
+    Raises:
+        PruneError: It failed; on process 0 its own error.
+    """
+    if not _distributed():
+        return function()
+    outcome: list[Any] = [None, None]
+    failure = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            failure, outcome[1] = error, str(error)
+    torch.distributed.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1] is not None:
+        raise PruneError(f"process 0 failed: {outcome[1]}")
+    return outcome[0]

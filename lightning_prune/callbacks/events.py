@@ -1,9 +1,15 @@
 """What a pruner tells the other callbacks, and how it is handed round."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.surgery import take
 from lightning_prune.masks import MaskSet
+from lightning_prune.prunable import canonical_name
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -28,31 +34,64 @@ class Position:
 class PruneEvent:
     """One cut, as it is handed to every callback that defines ``on_prune(trainer, pl_module, event)``.
 
-    When it arrives, ``masks`` are decided and the module still holds the trained weights; a rewinder replaces them.
+    Either weights are masked or channels leave. When it arrives, ``masks`` are decided and the module still holds the
+    trained weights; a rewinder replaces them. Channels of a ``plan`` have left the module, its optimizers and averaged
+    copies already.
 
     Args:
         round: The round that this event opens; the first cut opens round 1.
         step: ``trainer.global_step`` at the cut.
-        masks: The masks from now on (``True`` = kept).
-        removed: Entries removed by this cut.
+        masks: The masks from now on (``True`` = kept); ``None`` where channels leave.
+        removed: Entries (channels) removed by this cut.
         rewound_to: The rewinding point at which the round starts, or ``None``: it starts where the last one ended.
+        plan: Which channels have left at this cut; ``None`` where weights are masked.
+        module: Name of the submodule that ``plan`` is about; ``""``: the LightningModule itself.
+        costs: With a plan: ``{"channels" | "params" | "macs": (now, of the dense network)}``.
     """
 
     round: int
     step: int
-    masks: MaskSet
+    masks: MaskSet | None
     removed: int
     rewound_to: Position | None = None
+    plan: RemovalPlan | None = None
+    module: str = ""
+    costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """Entries (channels) that are left, of the prunable ones."""
+        return self.costs["channels"][0] if self.masks is None else self.masks.kept
+
+    @property
+    def total(self) -> int:
+        """Prunable entries (channels) of the dense network."""
+        return self.costs["channels"][1] if self.masks is None else self.masks.total
 
     @property
     def density(self) -> float:
-        """Kept entries over all entries of the prunable tensors, in [0, 1]."""
-        return self.masks.density
+        """Kept entries over all entries of the prunable tensors (channels over all that can leave), in [0, 1]."""
+        return self.kept / self.total if self.total else 1.0
 
     @property
     def sparsity(self) -> float:
-        """Removed entries (in all rounds) over all entries of the prunable tensors, in [0, 1]."""
-        return self.masks.sparsity
+        """Removed entries or channels (in all rounds) over all prunable ones, in [0, 1]."""
+        return (self.total - self.kept) / self.total if self.total else 0.0
+
+    def slice(self, name: str, tensor: Tensor) -> Tensor:
+        """What the plan leaves of a copy of a parameter or buffer, or of state of its shape.
+
+        Args:
+            name: Its name in the LightningModule.
+            tensor: Of the shape before the cut; one of another shape comes back as it is.
+        """
+        if self.plan is None:
+            return tensor
+        name = canonical_name(name)
+        if self.module:
+            name = name.removeprefix(canonical_name(self.module) + ".")
+        axes = self.plan.keep.get(name)
+        return take(tensor, axes) if axes and list(tensor.shape) == list(self.plan.shapes[name]) else tensor
 
 
 def listeners(trainer: "pl.Trainer", hook: str) -> list[Any]:

@@ -6,38 +6,25 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_prune.callbacks import monitors
-from lightning_prune.callbacks.company import (
-    compare_ranks,
-    describe_rewinders,
-    gradients_may_change,
-    rewinding_point,
-)
+from lightning_prune.callbacks.company import compare_ranks, gradients_may_change, rewinding_point
 from lightning_prune.callbacks.enforce import MaskEnforcer
-from lightning_prune.callbacks.events import PruneEvent, send_prune_event, send_rewinding_point
-from lightning_prune.callbacks.folders import tries_out
-from lightning_prune.callbacks.recorder import RoundRecorder
-from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_schedule_length
+from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.rounds import RoundSchedule
-from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.checkpoint import load_ticket
 from lightning_prune.counting import RULES
 from lightning_prune.errors import ConfigError, MaskMismatchError, ResumeError
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import close_names, matching, prunable_parameters
-from lightning_prune.resume import ResumeState
 from lightning_prune.scores import MagnitudeScores, score_weights
 from lightning_prune.selection import select
-from lightning_prune.times import TrainTime
 
 CONTROLS = (None, "random_pruning")
-_NEVER_STEPPED = 2**62
 
 
-class IterativeMagnitudePruner(Callback):
+class IterativeMagnitudePruner(RoundPruner):
     """Train, remove the smallest weights, train on: ``rounds`` times in one ``fit``.
 
     The Trainer's ``max_epochs``/``max_steps`` is the length ``T`` of *one* training; build schedules for that. The
@@ -93,8 +80,6 @@ class IterativeMagnitudePruner(Callback):
         >>> trainer = Trainer(max_epochs=30, callbacks=callbacks, logger=False, enable_checkpointing=False)
     """
 
-    sends_prune_events = True
-
     def __init__(
         self,
         fraction: float = 0.2,
@@ -124,56 +109,32 @@ class IterativeMagnitudePruner(Callback):
             raise ConfigError(f"counting={counting!r} is unknown{close_names(str(counting), ['exact', *RULES])}")
         if control not in CONTROLS:
             raise ConfigError(f"control={control!r} is unknown; choose None or 'random_pruning'.")
-        if mode not in (None, "min", "max"):
-            raise ConfigError(f"mode={mode!r} is unknown; choose 'min' or 'max'.")
         for name, value in (("exclude", exclude), ("include", include)):
             if isinstance(value, str):
                 raise ConfigError(f"{name}={value!r}: expected a list of names; write {name}=[{value!r}].")
-        self.fraction, self.rounds, self.scope = fraction, rounds, scope
+        super().__init__(rounds, round_length, monitor, mode, dirpath, verbose)
+        self.fraction, self.scope = fraction, scope
         self.exclude, self.include = tuple(exclude), tuple(include)
         self.rates = dict(rates or {})
         self.counting = counting
-        self.round_length = None if round_length is None else TrainTime.parse(round_length, "round_length")
-        if self.round_length is not None and self.round_length.unit == "%":
-            raise ConfigError(
-                f"round_length='{self.round_length}': a length is in epochs ('10ep') or steps ('5000st')."
-            )
         self.control = control
         self.masks_from = None if masks_from is None else Path(masks_from)
         self.seed = seed
         self.masks: MaskSet | None = None
         """The masks in force: all kept in round 0; ``None`` before a fit."""
-        self._recorder = RoundRecorder(monitor, mode, dirpath, verbose)
         self._enforcer = MaskEnforcer()
-        self._resume = ResumeState()
-        self._schedule: RoundSchedule | None = None
         self._parameters: dict[str, nn.Parameter] = {}
-        self._names: dict[int, str | None] = {}
-        self._frequencies: list[int] | None = None
-        self._loaded: dict[str, Any] | None = None
 
-    # ------------------------------------------------------------------- set up
+    def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
+        """Every round is a training of full length, from the rewinding point on."""
+        self.masks = None
+        return RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer))
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check what stands beside this callback, and let one training's length be the Trainer's limit."""
-        if stage != "fit":
-            return
-        self._loaded, self.masks = None, None
-        self._schedule = RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer))
-        self._schedule.prepare(trainer)
-        self._resume.attach(trainer)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find what to prune, read the length of one training, raise the limit to hold all rounds."""
-        schedule = self._running
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find what to prune; masks keep everything at first."""
         self._parameters = prunable_parameters(pl_module, exclude=self.exclude, include=self.include)
         for pattern in self.rates:
             matching(pattern, self._parameters, "rates")
-        schedule.start(trainer)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LRRewind) and callback.check_length and not tries_out(trainer):
-                check_schedule_length(trainer, schedule.total_steps, schedule.epochs)
-        self._check_frequencies(trainer)
         self._enforcer.attach(
             self._parameters,
             trainer.optimizers,
@@ -184,20 +145,6 @@ class IterativeMagnitudePruner(Callback):
             self.masks = MaskSet({name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()})
         else:
             self._check_masks_fit()
-        own = {"rounds": self.rounds} | self._hyper_parameters()
-        self._recorder.start(
-            trainer, {type(self).__name__: own} | describe_rewinders(trainer), resumed=self._loaded is not None
-        )
-        monitors.name_checkpoints(trainer, schedule.round, self._names)
-
-    def _check_frequencies(self, trainer: pl.Trainer) -> None:
-        epochs, rewound = self._running.epochs, self._running.rewinding_epoch
-        for config in trainer.lr_scheduler_configs:
-            if config.interval == "epoch" and config.frequency > 1 and epochs and (epochs - rewound) % config.frequency:
-                raise ConfigError(
-                    f"{type(config.scheduler).__name__} steps every {config.frequency} epochs, a round has "
-                    f"{epochs - rewound}: it would step at other places in each round. Choose a length that divides."
-                )
 
     def _check_masks_fit(self) -> None:
         assert self.masks is not None
@@ -211,60 +158,41 @@ class IterativeMagnitudePruner(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """After a resume, put masks and generators back."""
-        if trainer.global_step > 0 and self._loaded is None and self._running.round == 0:
-            raise ResumeError(
-                "the checkpoint was written without IterativeMagnitudePruner: it holds no masks and no position. Load "
-                "its weights into the module before fit() instead of passing it as ckpt_path."
-            )
+        """After a resume, put masks back."""
+        super().on_train_start(trainer, pl_module)
         if self._loaded is not None:
             assert self.masks is not None
             self._enforcer.set_masks(self.masks.to(pl_module.device), resumed=True)
             self.masks = self.masks.to(pl_module.device)
-            self._hold_schedules(trainer)
-        self._running.on_train_start(trainer)
 
-    @property
-    def folder(self) -> Path | None:
-        """The folder with this run's record, once a fit has begun; ``None`` where nothing is written."""
-        return self._recorder.folder
-
-    @property
-    def _running(self) -> RoundSchedule:
-        assert self._schedule is not None
-        return self._schedule
-
-    # ---------------------------------------------------------------- in rounds
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Cut, if a round has ended."""
-        schedule = self._running
-        schedule.on_train_epoch_start(trainer)
-        if schedule.is_over(trainer):
-            self._cut(trainer, pl_module)
-
-    def _cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        schedule = self._running
-        if schedule.rewind_to is not None and schedule.rewound is None:
-            raise ConfigError(f"round 0 ended before its rewinding point, {schedule.rewind_to}; choose an earlier one.")
+    def decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MaskSet:
+        """Select what stays."""
         assert self.masks is not None
-        before = self.masks
-        masks = self._choose(before, schedule.round + 1)
-        compare_ranks(masks)
-        self._recorder.end_round(trainer, schedule, before)
-        schedule.next_round(trainer)
-        self.masks = masks
-        event = PruneEvent(schedule.round, trainer.global_step, masks, before.kept - masks.kept, schedule.rewound)
-        self._hold_schedules(trainer)
-        send_prune_event(trainer, pl_module, event)
-        self._enforcer.set_masks(masks)
-        rewound = any(isinstance(callback, WeightRewind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        monitors.cut_averages(trainer, pl_module, masks, rewound)
-        monitors.start_anew(trainer)
-        monitors.name_checkpoints(trainer, schedule.round, self._names)
-        self._recorder.begin_round(trainer, event, self._ticket_path(trainer, event.round))
-        if schedule.rewound is not None and schedule.rewound.batch:
-            self._resume.fast_forward_next_epoch(schedule.rewound.batch)
+        masks = self._choose(self.masks, self._running.round + 1)
+        compare_ranks(masks.digest())
+        return masks
+
+    def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: MaskSet) -> PruneEvent:
+        """Let the new masks hold."""
+        assert self.masks is not None
+        removed, self.masks = self.masks.kept - decision.kept, decision
+        return PruneEvent(self._running.round, trainer.global_step, decision, removed, self._running.rewound)
+
+    def after_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
+        """Apply the masks to weights, gradients and optimizer state."""
+        assert event.masks is not None
+        self._enforcer.set_masks(event.masks)
+
+    def counts(self) -> dict[str, Any]:
+        """Weights kept."""
+        masks = self.masks
+        assert masks is not None
+        return {
+            "kept": masks.kept,
+            "total": masks.total,
+            "digest": masks.digest(),
+            "per_layer": masks.kept_per_tensor(),
+        }
 
     def _choose(self, before: MaskSet, round: int) -> MaskSet:  # noqa: A002
         if self.masks_from is not None:
@@ -304,81 +232,17 @@ class IterativeMagnitudePruner(Callback):
             )
         return masks
 
-    def _ticket_path(self, trainer: pl.Trainer, round: int) -> Path | None:  # noqa: A002
-        writers = [c for c in trainer.callbacks if isinstance(c, TicketWriter)]  # type: ignore[attr-defined]
-        return writers[0].ticket_path(trainer, round) if writers else None
-
-    def _hold_schedules(self, trainer: pl.Trainer) -> None:
-        """Without :class:`LRRewind` schedules stay where round 0 left them (fine-tuning)."""
-        if self._running.round > 0 and not any(isinstance(c, LRRewind) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            if self._frequencies is None:
-                self._frequencies = [config.frequency for config in trainer.lr_scheduler_configs]
-            for config in trainer.lr_scheduler_configs:
-                config.frequency = _NEVER_STEPPED
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Tell the rewinders when round 0 reaches their point."""
-        position = self._running.at_rewinding_point(trainer, batch_idx)
-        if position is not None:
-            self._running.rewound = position
-            send_rewinding_point(trainer, pl_module, position)
-
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Zero the gradients of pruned entries."""
         self._enforcer.mask_gradients()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """End the epoch where a training given in steps ends."""
-        self._running.on_train_batch_end(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Get ready to take the metrics."""
-        self._recorder.before_validation(trainer)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the metrics."""
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._recorder.take_metrics(trainer, self._running)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep an early stop from ending the fit."""
-        if not trainer.enable_validation:
-            self._recorder.take_metrics(trainer, self._running)
-        self._running.on_train_epoch_end(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record the last round."""
-        assert self.masks is not None
-        self._recorder.end_round(trainer, self._running, self.masks)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the trainer as it was."""
-        self._release(trainer)
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the trainer as it was."""
-        if stage == "fit":
-            self._release(trainer)
-
-    def _release(self, trainer: pl.Trainer) -> None:
+    def release(self, trainer: pl.Trainer) -> None:
+        """Take the hooks off the optimizers too."""
         self._enforcer.detach()
-        self._resume.detach()
-        monitors.restore_names(trainer, self._names)
-        self._names = {}
-        if self._frequencies is not None:
-            for config, frequency in zip(trainer.lr_scheduler_configs, self._frequencies, strict=False):
-                config.frequency = frequency
-            self._frequencies = None
-        if self._schedule is not None:
-            self._schedule.restore(trainer)
+        super().release(trainer)
 
-    # -------------------------------------------------------------------- state
-
-    def _hyper_parameters(self) -> dict[str, Any]:
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What the user gave."""
         return {
             "fraction": self.fraction,
             "scope": self.scope,
@@ -392,35 +256,13 @@ class IterativeMagnitudePruner(Callback):
             "seed": self.seed,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, position, record, generators and data position."""
-        return {
-            "hyper_parameters": self._hyper_parameters(),
-            "rounds": self.rounds,
-            "masks": None if self.masks is None else self.masks.state_dict(),
-            "schedule": self._running.state_dict(),
-            "recorder": self._recorder.state_dict(),
-            "resume": self._resume.state_dict(),
-        }
+    def own_state(self) -> dict[str, Any]:
+        """The masks, 1 bit a weight."""
+        return {"masks": None if self.masks is None else self.masks.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint stands; more rounds than it was written for are allowed."""
-        ours = self._hyper_parameters()
-        for key, saved in state_dict["hyper_parameters"].items():
-            if ours.get(key) != saved:
-                raise ResumeError(
-                    f"the checkpoint was written with {key}={saved!r}, this run has {key}={ours.get(key)!r}. "
-                    "Resume with the same settings, or start a new run."
-                )
-        if state_dict["schedule"]["round"] > self.rounds:
-            raise ResumeError(
-                f"the checkpoint is in round {state_dict['schedule']['round']}, this run has rounds={self.rounds}."
-            )
-        self._loaded = state_dict
-        self.masks = MaskSet.from_state_dict(state_dict["masks"])
-        self._running.load_state_dict(state_dict["schedule"])
-        self._recorder.load_state_dict(state_dict["recorder"])
-        self._resume.load_state_dict(state_dict["resume"])
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up the masks."""
+        self.masks = MaskSet.from_state_dict(state["masks"])
 
 
 def _check_fraction(name: str, value: Any, zero: bool = False) -> None:

@@ -62,26 +62,30 @@ def watched_metric(trainer: pl.Trainer) -> tuple[str, str] | None:
     return None
 
 
-def cut_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: MaskSet, rewound: bool) -> None:
+def averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """Every ``AveragedModel`` that a callback of the trainer holds, as Lightning's ``WeightAveraging`` does."""
+    held = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average for average in held if isinstance(average, nn.Module)]
+
+
+def cut_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, masks: MaskSet | None, rewound: bool) -> None:
     """Keep averaged copies of the weights in step with a cut.
 
     Args:
-        trainer: The trainer; every callback that holds an ``AveragedModel`` as ``_average_model`` is meant.
-        pl_module: The module, cut already.
-        masks: The new masks.
+        trainer: The trainer.
+        pl_module: The module, cut already; channels that left have left the copies too.
+        masks: The new masks, if weights are masked.
         rewound: The weights were set back: the average of what came before means nothing now and starts anew.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        average = getattr(callback, "_average_model", None)
-        if not isinstance(average, nn.Module):
-            continue
+    for average in averages(trainer):
         copy, count = average.module, average.n_averaged
         assert isinstance(copy, nn.Module)
         assert isinstance(count, Tensor)
         if rewound:
             copy.load_state_dict(pl_module.state_dict())
             count.zero_()
-        masks.apply_(copy)
+        if masks is not None:
+            masks.apply_(copy)
 
 
 def _all(trainer: pl.Trainer, kind: type) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.environment import describe_environment
-from lightning_prune.masks import MaskSet
 from lightning_prune.record import Round, RunRecord, check_free, header_text, row_text
 
 
@@ -103,12 +103,20 @@ class RoundRecorder:
         self._ticket = None if ticket is None else self._relative(ticket)
         self._best = None
         self._since = time.monotonic()
-        numbers = {"prune/round": event.round, "prune/density": event.density, "prune/kept": event.masks.kept}
+        numbers = {"prune/round": event.round, "prune/density": event.density, "prune/kept": event.kept}
+        numbers |= {f"prune/{name}": now / dense for name, (now, dense) in event.costs.items() if dense}
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=trainer.global_step)
 
-    def end_round(self, trainer: pl.Trainer, schedule: RoundSchedule, masks: MaskSet) -> None:
-        """Close the round's row, with the network as it was trained, before the next cut."""
+    def end_round(self, trainer: pl.Trainer, schedule: RoundSchedule, counts: Mapping[str, Any]) -> None:
+        """Close the round's row, with the network as it was trained, before the next cut.
+
+        Args:
+            trainer: The trainer.
+            schedule: The schedule, still in the round that ends.
+            counts: What the round was trained with: ``kept``, ``total``, ``digest``, ``per_layer`` of :class:`Round`,
+                and where channels leave ``unit`` and ``costs``.
+        """
         assert self.record is not None
         if schedule.round < len(self.record.rounds):
             return  # a finished run that was resumed has nothing to add
@@ -118,10 +126,6 @@ class RoundRecorder:
             step=trainer.global_step,
             epoch=trainer.current_epoch,
             steps=schedule.steps_done(trainer),
-            kept=masks.kept,
-            total=masks.total,
-            digest=masks.digest(),
-            per_layer=masks.kept_per_tensor(),
             removed=self._removed,
             metrics=self._metrics,
             learning_rates=tuple(float(g["lr"]) for o in trainer.optimizers for g in o.param_groups if "lr" in g),
@@ -129,6 +133,7 @@ class RoundRecorder:
             best_checkpoint=None if best is None else self._relative(Path(best)),
             ticket=self._ticket,
             stopped_early=schedule.stopped_early,
+            **counts,
         )
         self.record.add_round(row, seconds=time.monotonic() - self._since)
         self._write(trainer)
@@ -138,7 +143,7 @@ class RoundRecorder:
         if not self._verbose or not trainer.is_global_zero:
             return
         assert self.record is not None
-        lines = [] if self._header_shown else [header_text(self._monitor)]
+        lines = [] if self._header_shown else [header_text(self._monitor, row.unit)]
         self._header_shown = True
         lines.append(row_text(row, self._monitor, self.record.rounds[0]))
         bar = trainer.progress_bar_callback

@@ -118,7 +118,11 @@ class WeightRewind(Callback):
             self._optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
-        """Restore weights, buffers and optimizer state; the masks are applied to them."""
+        """Restore weights, buffers and optimizer state; the masks are applied to them, channels that left stay out."""
+        if self._snapshot is not None:
+            self._snapshot = {name: event.slice(name, tensor) for name, tensor in self._snapshot.items()}
+        for states in (self._optimizers, self._initial_optimizers):
+            slice_remembered(states, trainer.optimizers, pl_module, event)
         if self.reinit:
             devices = [d for d in {p.device for p in pl_module.parameters()} if d.type == "cuda"]
             with torch.random.fork_rng(devices):
@@ -133,10 +137,11 @@ class WeightRewind(Callback):
             with torch.no_grad():
                 for name, tensor in named_state(pl_module).items():
                     tensor.copy_(self._snapshot[name])
-        event.masks.apply_(pl_module)
-        states = {"restore": self._optimizers, "reset": self._initial_optimizers, "keep": None}[self.optimizer_state]
-        if states is not None:
-            for optimizer, state in zip(trainer.optimizers, states, strict=True):
+        if event.masks is not None:
+            event.masks.apply_(pl_module)
+        chosen = {"restore": self._optimizers, "reset": self._initial_optimizers, "keep": None}[self.optimizer_state]
+        if chosen is not None:
+            for optimizer, state in zip(trainer.optimizers, chosen, strict=True):
                 _recall(optimizer, state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,6 +232,7 @@ class LRRewind(Callback):
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
             for group, saved in zip(optimizer.param_groups, groups, strict=True):
                 _restore_group(group, saved)
+        slice_remembered(self._initial_optimizers, trainer.optimizers, pl_module, event)
         alone = not any(isinstance(callback, WeightRewind) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if alone and self._initial_optimizers is not None:
             for optimizer, state in zip(trainer.optimizers, self._initial_optimizers, strict=True):
@@ -252,7 +258,7 @@ def require_pruner(trainer: pl.Trainer, callback: Callback) -> None:
     if not any(getattr(other, "sends_prune_events", False) for other in trainer.callbacks):  # type: ignore[attr-defined]
         raise ConfigError(
             f"{type(callback).__name__} acts at prune events, and no pruner is among the trainer's callbacks. "
-            "Add one (IterativeMagnitudePruner) or take it out."
+            "Add one (IterativeMagnitudePruner, ChannelPruner) or take it out."
         )
 
 
@@ -315,6 +321,20 @@ def _recall(optimizer: Optimizer, state: dict[Any, Any]) -> None:
     """Give the optimizer a remembered state; its parameter groups stay as they are."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": deepcopy(state), "param_groups": groups})
+
+
+def slice_remembered(
+    states: list[dict[Any, Any]] | None, optimizers: list[Optimizer], pl_module: nn.Module, event: PruneEvent
+) -> None:
+    """Take channels that have left out of what optimizers remembered, in place."""
+    if states is None or event.plan is None:
+        return
+    names = {id(p): name for name, p in pl_module.named_parameters()}
+    for optimizer, state in zip(optimizers, states, strict=True):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, values in state.items():
+            name = names.get(id(parameters[number]), "")
+            values.update({k: event.slice(name, v) for k, v in values.items() if isinstance(v, Tensor)})
 
 
 def _restore_group(group: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -5,9 +5,13 @@ rewinding point in the middle of one) takes that epoch's remaining batches as it
 is given in steps ends its last epoch when the steps are done. So a cut always happens at ``on_train_epoch_start``,
 schedulers that step once an epoch step where they did in the first round, and checkpoints and validation see the
 trained network before the cut.
+
+Cuts may also lie within one training that nothing sets back (``ends`` without a rewinding point): then it simply goes
+on, its length is the Trainer's, and a cut between two steps of an epoch happens before the next batch.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,12 +33,21 @@ class RoundSchedule:
         rounds: Cuts; round 0 is the training before the first.
         length: Length of one training where it should differ from the Trainer's ``max_epochs``/``max_steps``.
         rewind_to: The rewinding point, or ``None`` where every round follows on the last and has the full length.
+        ends: For each cut, the place within one training where it comes; ``None``: always at its end. Without a
+            rewinding point the cuts lie within a single training.
     """
 
-    def __init__(self, rounds: int, length: TrainTime | None, rewind_to: TrainTime | None) -> None:
+    def __init__(
+        self,
+        rounds: int,
+        length: TrainTime | None,
+        rewind_to: TrainTime | None,
+        ends: Sequence[TrainTime] | None = None,
+    ) -> None:
         self.rounds = rounds
         self.length = length
         self.rewind_to = rewind_to
+        self.ends = ends
         self.round = 0
         self.start_epoch = 0
         self.start_step = 0
@@ -44,6 +57,7 @@ class RoundSchedule:
         self._intervals: tuple[Any, Any] | None = None  # between validations, while one is forced
         self.epochs: int | None = None  # of one training, the last one perhaps cut short
         self._steps: int | None = None  # of one training, where it ends inside an epoch or epochs have no length
+        self._places: list[tuple[int | None, int | None]] = []  # where each round ends, as epochs and steps are above
         self.total_steps = 0
         self._steps_per_epoch: int | None = None
 
@@ -92,9 +106,60 @@ class RoundSchedule:
                 self._steps = None
         if tries_out(trainer):
             self.rewind_to = None if self.rewind_to is None else TrainTime.parse("0st")
+            self.ends = None
         self._check_rewinding_point(trainer)
-        epoch_loop.max_steps = -1
+        self._places = [(self.epochs, self._steps)] * (self.rounds + 1)
+        if self.ends is not None:
+            self._check_ends(trainer)
+            self._places[:-1] = [self._place(trainer, end) for end in self.ends]
+        if not self.goes_on:
+            epoch_loop.max_steps = -1
         self._set_limits(trainer)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether all rounds lie within one training, each beginning where the last ended."""
+        return self.ends is not None and self.rewind_to is None
+
+    def _place(self, trainer: pl.Trainer, end: TrainTime) -> tuple[int | None, int | None]:
+        """A time within one training as epochs, the last one perhaps cut short by the steps that come with them."""
+        if end.unit == "ep":
+            return int(end.value), None
+        steps = end.in_steps(self.total_steps)
+        if self._steps_per_epoch is None or not self._automatic(trainer):
+            return None, steps
+        full, rest = divmod(steps, self._steps_per_epoch)
+        return full + (rest > 0), steps if rest else None
+
+    def _check_ends(self, trainer: pl.Trainer) -> None:
+        assert self.ends is not None
+        known = self._steps_per_epoch is not None or all(end.unit != "ep" for end in self.ends)
+        before: TrainTime | None = None
+        for end in self.ends:
+            if end.unit == "%" and not self.total_steps:
+                raise ConfigError(
+                    f"at={end}: the length of this training in steps is not known (the data has no length). Give the "
+                    "time in steps ('500st')."
+                )
+            if end.unit == "ep":
+                late, last = self.epochs is not None and end.value > self.epochs, end.value == self.epochs
+            else:
+                steps = end.in_steps(self.total_steps)
+                counted = bool(self.total_steps) and self._automatic(trainer)
+                late, last = counted and steps > self.total_steps, counted and steps == self.total_steps
+            if late or (last and self.goes_on):
+                raise ConfigError(
+                    f"at={end}: training ends after {self.describe_length()}, so nothing would be trained after this "
+                    "cut. Choose an earlier time, or put LRRewind beside the pruner, which trains on after each cut."
+                )
+            start = before if self.goes_on else self.rewind_to
+            if start is not None and known and self._steps_of(end) <= self._steps_of(start):
+                said = f"the cut before it, at {start}" if self.goes_on else f"the rewinding point, {start}"
+                raise ConfigError(f"at={end} does not lie after {said}: no training in between. Choose a later time.")
+            before = end
+
+    def _steps_of(self, time: TrainTime) -> int:
+        return time.in_steps(self.total_steps, self._steps_per_epoch)
 
     def _check_rewinding_point(self, trainer: pl.Trainer) -> None:
         if self.rewind_to is None or self.rewind_to.value == 0:
@@ -117,6 +182,23 @@ class RoundSchedule:
                 "before it. Choose an earlier point, or train longer."
             )
 
+    def check_frequencies(self, trainer: pl.Trainer) -> None:
+        """See that schedulers which step every few epochs step at the same places in each round.
+
+        Raises:
+            ConfigError: They would not.
+        """
+        if self.goes_on:
+            return
+        lengths = {epochs - self.rewinding_epoch for epochs, _ in self._places if epochs is not None}
+        for config in trainer.lr_scheduler_configs:
+            odd = [epochs for epochs in lengths if epochs % config.frequency]
+            if config.interval == "epoch" and odd:
+                raise ConfigError(
+                    f"{type(config.scheduler).__name__} steps every {config.frequency} epochs, a round has {odd[0]}: "
+                    "it would step at other places in each round. Choose a length that divides."
+                )
+
     def describe_length(self) -> str:
         """One training's length in words."""
         parts = [f"{self.epochs} epochs"] if self.epochs is not None else []
@@ -128,12 +210,10 @@ class RoundSchedule:
         """Raise the Trainer's limit to hold this round and all that follow; place its minimum in this round."""
         assert self._users is not None
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        if self.epochs is None:
-            fit_loop.max_epochs = -1
-        else:
-            later = self.epochs - self.rewinding_epoch
-            this = self.epochs if self.round == 0 else later
-            fit_loop.max_epochs = self.start_epoch + this + (self.rounds - self.round) * later
+        ends = [epochs for epochs, _ in self._places[self.round :]]
+        if not self.goes_on:
+            skipped = (len(ends) - (self.round == 0)) * self.rewinding_epoch
+            fit_loop.max_epochs = -1 if None in ends else self.start_epoch + sum(ends) - skipped  # type: ignore[arg-type]
         rewound = self.rewound if self.round > 0 else None
         skipped_epochs, skipped_steps = (rewound.epoch, rewound.step) if rewound else (0, 0)
         if self._users["min_epochs"]:
@@ -192,13 +272,27 @@ class RoundSchedule:
         return Position(trainer.current_epoch, batch_idx, step) if reached else None
 
     def _is_steps_end(self, trainer: pl.Trainer) -> bool:
-        return self._steps is not None and self.steps_done(trainer) >= self._steps
+        steps = self._places[self.round][1]
+        return steps is not None and self.steps_done(trainer) >= steps
+
+    def steps_left(self, trainer: pl.Trainer) -> int | None:
+        """Optimizer steps until the current round has had its length; ``None`` where that is not known."""
+        epochs, steps = self._places[self.round]
+        if steps is None and epochs is not None and self._steps_per_epoch is not None and self._automatic(trainer):
+            steps = epochs * self._steps_per_epoch
+        return None if steps is None else steps - self.steps_done(trainer)
+
+    def _had_its_length(self, trainer: pl.Trainer) -> bool:
+        epochs = self._places[self.round][0]
+        return self._is_steps_end(trainer) or (epochs is not None and self.epochs_done(trainer) >= epochs)
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """In ``on_train_batch_start``: does a cut come here, before this batch?"""
+        return self.goes_on and self.round < self.rounds and self._had_its_length(trainer)
 
     def is_over(self, trainer: pl.Trainer) -> bool:
         """In ``on_train_epoch_start``: has the current round had its length, or been stopped early?"""
-        by_length = self._is_steps_end(trainer) or (
-            self.epochs is not None and self.epochs_done(trainer) >= self.epochs
-        )
+        by_length = self._had_its_length(trainer)
         self.stopped_early = not by_length and self._minimum_met(trainer) and self._round_may_end(trainer)
         return self.round < self.rounds and (by_length or self.stopped_early)
 
@@ -222,12 +316,12 @@ class RoundSchedule:
         inside = epoch.ready > epoch.processed  # type: ignore[attr-defined]
         if inside and batch.is_last_batch and batch.current.ready > 0:
             self._end_with_validation(trainer)
-        if self.round == self.rounds and self._is_steps_end(trainer):
+        if self.round == self.rounds and self._is_steps_end(trainer) and not self.goes_on:
             trainer.fit_loop.max_epochs = trainer.current_epoch + inside
 
     def on_train_batch_end(self, trainer: pl.Trainer) -> None:
         """End the epoch with the round, and see that a round's last epoch is validated."""
-        if self._is_steps_end(trainer):
+        if self._is_steps_end(trainer) and not self.goes_on:
             trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
             if self.round == self.rounds:
                 trainer.fit_loop.max_epochs = trainer.current_epoch + 1
@@ -236,7 +330,8 @@ class RoundSchedule:
 
     def _end_with_validation(self, trainer: pl.Trainer) -> None:
         """At a round's last batch, validate now, whatever the interval between validations."""
-        last_epoch = self.epochs is not None and self.epochs_done(trainer) + 1 >= self.epochs
+        epochs = self._places[self.round][0]
+        last_epoch = epochs is not None and self.epochs_done(trainer) + 1 >= epochs
         if trainer.enable_validation and (last_epoch or self._is_steps_end(trainer)):
             self._intervals = (trainer.check_val_every_n_epoch, trainer.val_check_batch)
             trainer.check_val_every_n_epoch = 1
@@ -261,8 +356,9 @@ class RoundSchedule:
     def next_round(self, trainer: pl.Trainer) -> None:
         """Open the next round at this epoch; the fit shrinks by what an early stop has saved."""
         self.round += 1
-        self.start_epoch = trainer.current_epoch
-        self.start_step = trainer.global_step
+        if not self.goes_on:
+            self.start_epoch = trainer.current_epoch
+            self.start_step = trainer.global_step
         if trainer.should_stop:
             rank_zero_info(f"Round {self.round - 1} was stopped early; the next round begins.")
             trainer.should_stop = False

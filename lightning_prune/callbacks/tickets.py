@@ -10,13 +10,15 @@ from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.rewind import named_state, require_pruner
 from lightning_prune.checkpoint import Ticket, save_ticket
+from lightning_prune.compact_files import save_compact
 
 
 class TicketWriter(Callback):
     """Write ``tickets/round-XX.safetensors`` at every prune event, after weights and schedule were rewound.
 
     A ticket is the mask and the weights (parameters and buffers) that its round starts from; :func:`load_ticket` reads
-    it without this callback. Acts in: the prune event. Rank 0 writes; each file is whole or not there.
+    it without this callback. Where channels leave, it is the compact network that the round starts from, and
+    :func:`load_compact` reads it. Acts in: the prune event. Rank 0 writes; each file is whole or not there.
 
     Args:
         dirpath: The folder. Default ``None``: ``tickets`` in the run folder; without a logger nothing is written.
@@ -46,6 +48,9 @@ class TicketWriter(Callback):
         """Write the ticket."""
         path = self.ticket_path(trainer, event.round)
         if path is None or not trainer.is_global_zero:
+            return
+        if event.masks is None:
+            save_compact(pl_module.get_submodule(event.module), path)
             return
         info: dict[str, Any] = {
             "round": event.round,

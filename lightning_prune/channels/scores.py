@@ -1,10 +1,11 @@
 """Channel scores: one number for each channel of a group, higher is kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_prune.channels.groups import ChannelGroup
 from lightning_prune.errors import ConfigError
@@ -27,24 +28,88 @@ def _per_channel(tensor: Tensor, axis: int, positions: Tensor) -> Tensor:
     return moved[positions.to(tensor.device).flatten()].reshape(positions.shape[0], -1)
 
 
-def score_norms(group: ChannelGroup, model: nn.Module, p: float = 2.0) -> Tensor:
-    """Score channels by the norm of the weights that make them, over all layers of the group together.
+def combine(scores: Sequence[Tensor], reduction: Reduction) -> Tensor:
+    """One score a channel from those of the several layers that make (or scale) it.
+
+    Args:
+        scores: One tensor a layer.
+        reduction: ``"mean"``, ``"max"``, or ``"sum"``, which favours groups of many layers.
+
+    Shape:
+        scores: each (channels,). Returns (channels,).
+    """
+    stacked = torch.stack(list(scores))
+    if reduction == "max":
+        return stacked.amax(dim=0)
+    return stacked.sum(dim=0) if reduction == "sum" else stacked.mean(dim=0)
+
+
+def score_norms(group: ChannelGroup, model: nn.Module, p: float = 2.0, reduction: Reduction | None = None) -> Tensor:
+    """Score channels by the norm of the weights that make them.
+
+    Paper: Li et al. 2017, arXiv:1608.08710, section 3.1 (``p=1``). Deviation: a channel that several layers make (a
+    residual stage) is scored by all of them; the paper lets the shortcut's layer decide.
 
     Args:
         group: The group.
         model: The model.
         p: Order of the norm, > 0.
+        reduction: How the norms of several layers are combined; None: one norm over the weights of all together.
 
     Shape:
         Returns (group.size,), float64 on the CPU.
     """
-    total = torch.zeros(group.size, dtype=torch.float64)
+    powers = []
     for name, axis in group.makers:
         tensor = fetch(model, name).detach()
         others = [a for a in range(tensor.dim()) if a != axis]
         norms = torch.linalg.vector_norm(tensor, p, others) if others else tensor.abs()
-        total += (norms.double().cpu()[torch.from_numpy(group.positions(name, axis))] ** p).sum(dim=1)
-    return total ** (1 / p)
+        powers.append((norms.double().cpu()[torch.from_numpy(group.positions(name, axis))] ** p).sum(dim=1))
+    if reduction is None:
+        return combine(powers, "sum") ** (1 / p)
+    return combine([power ** (1 / p) for power in powers], reduction)
+
+
+def score_geometric_median(group: ChannelGroup, model: nn.Module, reduction: Reduction = "mean") -> Tensor:
+    """Score channels by how far their filter lies from all others of its layer: ``sum_j ||w_i - w_j||_2``.
+
+    A filter near the geometric median of its layer can be replaced by the others.
+
+    Paper: He et al. 2019, arXiv:1811.00250 (FPGM), section 3.3. Deviation: several layers that make one channel are
+    combined by ``reduction``.
+
+    Args:
+        group: The group.
+        model: The model.
+        reduction: How scores of several layers are combined.
+
+    Shape:
+        Returns (group.size,), float64 on the CPU.
+    """
+    sums = []
+    for name, axis in group.makers:
+        rows = _per_channel(fetch(model, name), axis, torch.from_numpy(group.positions(name, axis))).float()
+        sums.append(torch.cdist(rows, rows).double().sum(dim=1).cpu())
+    return combine(sums, reduction)
+
+
+def score_random(group: ChannelGroup, generator: torch.Generator) -> Tensor:
+    """Score channels at random: a permutation of ``0 .. size - 1``, the control that every criterion has to beat.
+
+    Shape:
+        Returns (group.size,), float64 on the CPU.
+    """
+    return torch.randperm(group.size, generator=generator).double()
+
+
+def batch_norm_scales(group: ChannelGroup, model: nn.Module) -> list[tuple[str, int]]:
+    """The (name, axis) pairs of the group's BatchNorm scales."""
+    found = []
+    for name, axis, _ in group.members:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(model.get_submodule(owner), _BatchNorm):
+            found.append((name, axis))
+    return found
 
 
 def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction = "mean") -> Tensor:
@@ -65,24 +130,16 @@ def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction
     Raises:
         ConfigError: No BatchNorm with a scale lies on the group.
     """
-    from torch.nn.modules.batchnorm import _BatchNorm
-
     scales = []
-    for name, axis, _ in group.members:
-        owner, _, leaf = name.rpartition(".")
-        if leaf == "weight" and isinstance(model.get_submodule(owner), _BatchNorm):
-            rows = _per_channel(fetch(model, name), axis, torch.from_numpy(group.positions(name, axis)))
-            scales.append(rows.double().abs().mean(dim=1).cpu())
+    for name, axis in batch_norm_scales(group, model):
+        rows = _per_channel(fetch(model, name), axis, torch.from_numpy(group.positions(name, axis)))
+        scales.append(rows.double().abs().mean(dim=1).cpu())
     if not scales:
         raise ConfigError(
             f"group {group.name} has no BatchNorm with a scale, so it cannot be scored by BatchNorm scales; use "
-            "another "
-            "criterion, or give scores for this group."
+            "another criterion, or give scores for this group."
         )
-    stacked = torch.stack(scales)
-    if reduction == "max":
-        return stacked.amax(dim=0)
-    return stacked.sum(dim=0) if reduction == "sum" else stacked.mean(dim=0)
+    return combine(scales, reduction)
 
 
 def score_taylor(group: ChannelGroup, model: nn.Module) -> Tensor:

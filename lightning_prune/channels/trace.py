@@ -1,8 +1,9 @@
 """Trace a model: run it once, follow its channels, sort them into groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lightning_prune.channels.attention import replaceable, replaced, replaced_modules
@@ -95,6 +96,19 @@ class ChannelGraph:
     def frozen(self) -> list[FrozenAxis]:
         """Axes of which nothing, or not everything, may leave."""
         return self.grouping.frozen
+
+    def keep_whole(self, groups: Iterable[ChannelGroup], reason: str) -> None:
+        """Freeze groups, so that none of their channels leaves; ``explain()`` gives the reason.
+
+        Args:
+            groups: Some of ``self.groups``. Groups bound to them may be frozen with them.
+            reason: Why.
+        """
+        channels = [group.channels for group in groups]
+        if channels:
+            chosen = np.isin(self.grouping.component, np.concatenate(channels))
+            self.labels.freeze(np.flatnonzero(chosen), reason)
+            self.grouping = make_groups(self.labels)
 
     def explain(self) -> str:
         """Describe groups, widths and frozen channels, by name, as text."""

@@ -1,7 +1,8 @@
 """The state of the generators a fit draws from, as tensors, integers and lists that ``weights_only`` loading takes."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,16 @@ def set_generators(
     if len(generators) == len(state["explicit"]):
         for generator, saved in zip(generators, state["explicit"], strict=True):
             generator.set_state(saved.cpu())
+
+
+@contextmanager
+def undisturbed(device: torch.device | None = None) -> Iterator[None]:
+    """Put the global generators back afterwards, so that what is drawn inside changes nothing that comes later."""
+    before = get_generators((), device)
+    try:
+        yield
+    finally:
+        set_generators(before, (), device)
 
 
 def find_generators(loaders: Iterable[Any]) -> list[torch.Generator]:

@@ -33,6 +33,8 @@ MODULES = sorted(
 
 PUBLIC = [
     "Budget",
+    "ChannelPruner",
+    "load_compact_checkpoint",
     "RemovalPlan",
     "compact",
     "load_compact",
