@@ -387,6 +387,7 @@ class ChannelPruner(RoundPruner):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the compact network."""
+        super().on_fit_end(trainer, pl_module)
         if self.folder is not None and trainer.is_global_zero and self._digest:
             save_compact(self._target(pl_module), self.folder / "compact.safetensors")
 

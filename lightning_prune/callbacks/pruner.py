@@ -222,6 +222,10 @@ class RoundPruner(Callback):
         """Record the last round."""
         self._recorder.end_round(trainer, self._running, self.counts())
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Record the last round where nothing was left to train: resumed from the last checkpoint of all."""
+        self._recorder.end_round(trainer, self._running, self.counts())
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was."""
         self.release(trainer)
