@@ -36,12 +36,12 @@ from lightning_prune.channels.plan import RemovalPlan, plan_removal
 from lightning_prune.channels.scores import Reduction, fetch, score_random
 from lightning_prune.channels.surgery import check_optimizers
 from lightning_prune.channels.trace import ChannelGraph, trace_channels
-from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.compact_files import save_compact
 from lightning_prune.errors import ConfigError, NoEffectWarning
 from lightning_prune.prunable import matching
 from lightning_prune.resume import undisturbed
 from lightning_prune.times import TrainTime
+from lightning_prune.wrappers import bare, uncompiled
 
 COSTS = ("channels", "params", "macs")
 

@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_prune.channels.recording import map_tensors
 from lightning_prune.errors import ConfigError
+from lightning_prune.running import map_tensors
 
 _SAMPLES = 2
 

@@ -15,9 +15,9 @@ from torch import nn
 from lightning_prune.callbacks import monitors
 from lightning_prune.channels.compact import plans_of, remember
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.wrappers import bare, uncompiled
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
 from lightning_prune.prunable import canonical_name
+from lightning_prune.wrappers import bare, uncompiled
 
 KEY = "lightning_prune_plans"
 VERSION = 1

@@ -19,8 +19,8 @@ from lightning_prune.channels.compact import remember
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import carry_out
 from lightning_prune.channels.trace import ChannelGraph
-from lightning_prune.channels.wrappers import bare, is_compiled, uncompiled
 from lightning_prune.errors import ConfigError
+from lightning_prune.wrappers import bare, is_compiled, uncompiled
 
 _NOT_SLICED = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
 
