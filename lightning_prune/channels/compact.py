@@ -149,7 +149,7 @@ def verify(
                 f"the compact model differs from its masked parent by {found.error:.3g} of the outputs' scale, "
                 f"allowed is {TOLERANCE[found.dtype]:.0e} in {found.dtype}. {_advice(plan)}"
             )
-        blind = set(found.blind) if blind is None else blind & set(found.blind)
+        blind = set(found.blind) - set(plan.without_effect) if blind is None else blind & set(found.blind)
         if not blind:
             return worst, str(found.dtype).removeprefix("torch.")
     assert blind is not None
@@ -164,4 +164,11 @@ def verify(
 def _advice(plan: RemovalPlan) -> str:
     names = [g["name"] for g in plan.groups if g["kept"] < g["size"]]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"Groups of the plan: {shown}. The model is as it was."
+    unseen = ""
+    if plan.unseen:
+        unseen = (
+            f" The traced pass did not use {plan.unseen[0]}"
+            + (f" and {len(plan.unseen) - 1} more" if len(plan.unseen) > 1 else "")
+            + "; where code chooses its path by values, give example inputs that take every path."
+        )
+    return f"Groups of the plan: {shown}.{unseen} The model is as it was."

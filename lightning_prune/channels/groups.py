@@ -1,5 +1,6 @@
 """Channel groups: channels that can only leave together, and axes that may not leave, with the reason."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -161,24 +162,21 @@ def _freeze_unbalanced(rows_list: list[tuple[np.ndarray, Op, tuple[int, int]]], 
     return lost
 
 
-def make_groups(labels: Labels, always: dict[str, str] | None = None) -> Grouping:
-    """Sort all labels into channel groups and frozen axes.
+def _touched(component: np.ndarray, arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """Whether each component has a label in these arrays."""
+    touched = np.zeros(int(component.max()) + 1, dtype=bool)
+    for array in arrays:
+        touched[component[array[array != FIXED]]] = True
+    return touched
 
-    Args:
-        labels: What propagation found.
-        always: Names of parameters of which nothing may leave, with the reason.
-    """
+
+def make_groups(labels: Labels) -> Grouping:
+    """Sort all labels into channel groups and frozen axes."""
     component = components(labels)
     count = int(component.max()) + 1
     why, reasons = _reasons(labels, component)
-    issued = np.zeros(count, dtype=bool)
-    for array in labels.issued:
-        issued[component[array[array != FIXED]]] = True
-    for slot in labels.slots:
-        if always and slot.name in always:
-            why[component[slot.base : slot.base + slot.size]] = len(reasons)
-            reasons.append((always[slot.name], None))
-    removable = issued & (why < 0)
+    # What nothing was seen to read may be read where nobody looks: through NumPy, or a list of numbers.
+    removable = _touched(component, labels.issued) & _touched(component, labels.consuming) & (why < 0)
     removable[component[FIXED]] = False
     rows_list = _row_matrices(labels, component, removable)
     for c, op in _freeze_unbalanced(rows_list, removable).items():
@@ -290,6 +288,6 @@ def _frozen_axes(
             continue
         numbers = why[component[ids]][held]
         number = numbers[numbers >= 0][:1]
-        reason, op = reasons[int(number[0])] if number.size else ("no operation that reads it is known", None)
+        reason, op = reasons[int(number[0])] if number.size else ("no recorded operation reads it as channels", None)
         frozen.append(FrozenAxis(slot.name, slot.axis, int(held.sum()), reason, op.where() if op else "the model"))
     return frozen

@@ -229,7 +229,15 @@ class Labels:
             if merged or own:
                 merged = self._join_two(merged, sizes, own, own_sizes)
             sizes = [max(a, b) for a, b in zip(sizes, own_sizes, strict=True)]
+        self._suspect_constants(operands, ndim, merged)
         return merged
+
+    def _suspect_constants(self, operands: Sequence[Value], ndim: int, factors: Sequence[np.ndarray]) -> None:
+        """A constant that meets channels may have its size written out in Python."""
+        long = {a + ndim - len(v.shape) for v in operands for a in v.wild if v.shape[a] > 1}
+        for factor in factors:
+            if long & set(span(factor)):
+                self.suspect(factor)
 
     def _join_two(
         self, first: list[np.ndarray], first_sizes: list[int], second: list[np.ndarray], second_sizes: list[int]

@@ -38,6 +38,8 @@ class RemovalPlan:
         replaced: Modules that are replaced by ones with a free inner width before channels leave: name -> kind.
         statistics: Operations that average over channels of which some leave: module, which of the module's, ``axis``
             from the end, indices that stay. Empty unless the graph was traced with ``approximate=True``.
+        unseen: Parameters that the traced pass did not use. Code that chooses its path by values may use them later.
+        without_effect: Parameters on which no output depended in the traced pass; the check cannot see them.
     """
 
     keep: dict[str, dict[int, list[int]]]
@@ -49,6 +51,8 @@ class RemovalPlan:
     training: bool = False
     replaced: dict[str, str] = field(default_factory=dict)
     statistics: list[dict[str, Any]] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    without_effect: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON content."""
@@ -208,7 +212,8 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
     after = np.array([int(kept[g.channels].sum()) for g in graph.groups])
     plan.groups = [{"name": g.name, "size": g.size, "kept": int(n)} for g, n in zip(graph.groups, after, strict=True)]
     plan.costs = {w: (costs.cost(w, costs.sizes), costs.cost(w, after)) for w in ("channels", "params", "macs")}
-    plan.training = graph.training
+    plan.training, plan.unseen = graph.training, list(graph.unseen)
+    plan.without_effect = [name for name in graph.without_effect if name in plan.keep]
     plan.attributes = leaf_attributes(graph.model, plan, _group_counts(graph, stays))
     plan.statistics = statistics_of(graph, stays)
     for module, sizes in normalised_sizes(graph.model, plan.statistics).items():

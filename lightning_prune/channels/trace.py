@@ -4,12 +4,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from lightning_prune.channels.attention import replaceable, replaced, replaced_modules
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, make_groups
 from lightning_prune.channels.labels import Labels
-from lightning_prune.channels.recording import Recording, record
+from lightning_prune.channels.recording import Recording, Value, record
 from lightning_prune.channels.rules import RULES
 from lightning_prune.errors import TraceError
 from lightning_prune.wrappers import bare, uncompiled
@@ -68,6 +69,7 @@ class ChannelGraph:
         groups: Channels that can leave, sorted into groups that leave together.
         frozen: Channels that may not leave, with the reason.
         unseen: Parameters that no recorded operation used; they stay as they are.
+        without_effect: Parameters that were used, but on which no output depended.
         replaced: Attention modules that were replaced while the model was traced, by name: their kinds. Those whose
             heads really leave are replaced for good by :func:`compact`.
         notes: What else the caller should know.
@@ -83,6 +85,7 @@ class ChannelGraph:
         self.recordings = recordings
         self.training = False
         self.unseen: list[str] = []
+        self.without_effect: list[str] = []
         self.replaced: dict[str, str] = {}
         self.notes: list[str] = []
         self.operations = 0
@@ -120,7 +123,11 @@ class ChannelGraph:
         lines.append(f"{len(self.frozen)} axes with channels that stay")
         lines += [f"  {f.name}, axis {f.axis}: {f.size} channels: {f.reason} [{f.where}]" for f in self.frozen]
         if self.unseen:
-            lines.append(f"{len(self.unseen)} parameters that the recorded pass did not use: " + ", ".join(self.unseen))
+            lines.append(f"{len(self.unseen)} parameters that the recorded pass did not use: {_few(self.unseen)}")
+        if self.without_effect:
+            lines.append(
+                f"{len(self.without_effect)} parameters on which no output depends: {_few(self.without_effect)}"
+            )
         averaging = list(dict.fromkeys(s.op.where() for s in self.labels.statistics))
         if averaging:
             lines.append(f"{len(averaging)} normalisations average over channels that may leave, which moves outputs:")
@@ -171,6 +178,11 @@ def trace_channels(
         equality check of :func:`compact` is what catches their effect.
     """
     model = bare(model)
+    scripted = [name or "the model" for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise TraceError(
+            f"{scripted[0]} is a scripted module, whose code and sizes are fixed; give the module it was scripted from."
+        )
     kinds = replaceable(model) if replace_attention else {}
     with uncompiled(model):
         try:
@@ -182,6 +194,10 @@ def trace_channels(
             graph = _trace(model, example_inputs, approximate, {})
             graph.notes.append(f"No attention was replaced, since the model did not run with replacements: {error}")
             return graph
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict[str, str]) -> ChannelGraph:
@@ -213,6 +229,7 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict
     graph = ChannelGraph(model, example_inputs, labels, make_groups(labels), recordings)
     graph.training = len(recordings) > 1
     graph.unseen = unseen
+    graph.without_effect = _without_effect(names, recordings)
     graph.replaced = kinds
     graph.operations = sum(len(r.ops) for r in recordings)
     if graph.labels.suspects:
@@ -220,6 +237,22 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict
 
         freeze_fixed_sizes(graph)
     return graph
+
+
+def _without_effect(names: list[str], recordings: Sequence[Recording]) -> list[str]:
+    """Parameters that were used, but not for any output, as the last residual branch of a network read by its skips."""
+    leaves: dict[str, list[Value]] = {}
+    needed: set[int] = set()
+    for recording in recordings:
+        needed.update(id(value) for value in recording.outputs)
+        for op in reversed(recording.ops):
+            # what is written in place may be seen through another view
+            if op.name.endswith("_") or any(id(out) in needed for out in op.outs):
+                needed.update(id(value) for value in op.tensors())
+        for name, value in recording.leaves.items():
+            leaves.setdefault(name, []).append(value)
+    used = [n for n in names if any(v.factors is not None for v in leaves.get(n, ()))]
+    return [n for n in used if not any(id(v) in needed for v in leaves[n])]
 
 
 def _unseen(names: list[str], recordings: Sequence[Recording]) -> list[str]:
