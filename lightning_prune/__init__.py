@@ -18,12 +18,14 @@ from lightning_prune.callbacks import (
 from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
 from lightning_prune.compact_files import load_compact, save_compact
+from lightning_prune.costs import Costs, count_costs
 from lightning_prune.errors import (
     BudgetError,
     ConfigError,
     EqualityError,
     FileFormatError,
     MaskMismatchError,
+    MeasurementError,
     NoEffectWarning,
     PruneError,
     ResumeError,
@@ -45,12 +47,14 @@ __all__ = [
     "BudgetError",
     "ChannelPruner",
     "ConfigError",
+    "Costs",
     "EqualityError",
     "FileFormatError",
     "IterativeMagnitudePruner",
     "LRRewind",
     "MaskMismatchError",
     "MaskSet",
+    "MeasurementError",
     "NoEffectWarning",
     "Position",
     "PruneError",
@@ -66,6 +70,7 @@ __all__ = [
     "WeightRewind",
     "WriteError",
     "compact",
+    "count_costs",
     "load_compact",
     "load_compact_checkpoint",
     "load_ticket",

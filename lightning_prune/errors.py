@@ -40,6 +40,10 @@ class BudgetError(PruneError, ValueError):
     """A budget that cannot be met."""
 
 
+class MeasurementError(PruneError, RuntimeError):
+    """A cost or a latency that cannot be measured."""
+
+
 class EqualityError(PruneError, RuntimeError):
     """A compact model that does not compute what its masked parent computes."""
 

@@ -32,6 +32,9 @@ MODULES = sorted(
 )
 
 PUBLIC = [
+    "Costs",
+    "MeasurementError",
+    "count_costs",
     "Budget",
     "ChannelPruner",
     "load_compact_checkpoint",
