@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_prune import Budget, MaskMismatchError, MaskSet, MeasurementError, compact, plan_removal, trace_channels
 from lightning_prune.costs import Costs, Count, count_costs
-from lightning_prune.coverage import torchvision_models
 from lightning_prune.running import evaluation
 
 
@@ -291,6 +290,6 @@ def test_agrees_with_what_torchvision_publishes(name: str) -> None:
 
 @pytest.mark.zoo
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", torchvision_models())
+@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
 def test_agrees_over_all_classification_networks(name: str) -> None:
     test_agrees_with_what_torchvision_publishes(name)
