@@ -78,13 +78,21 @@ class _ChildLabels(Labels):
             one_fixed = (
                 a.shape == b.shape and not self._removable(a[left != right]) and not self._removable(b[left != right])
             )
-            if not one_fixed:
+            if not one_fixed and not self._one_row(left, b) and not self._one_row(right, a):
                 self.bad.append(self.op)
         self._mark(a, b)
 
     def _removable(self, ids: np.ndarray) -> bool:
         ids = ids[ids != FIXED]
         return bool(ids.size and self.removable[self.component[ids]].any())
+
+    def _one_row(self, components: np.ndarray, others: np.ndarray) -> bool:
+        """Whether all belong to one channel, such as the only head left, and meet what never leaves."""
+        return (
+            components.shape == others.shape
+            and bool((components == components[:1]).all())
+            and (not self._removable(others))
+        )
 
     def _mark(self, *arrays: np.ndarray) -> None:
         for array in arrays:

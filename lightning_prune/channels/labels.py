@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_prune.channels.approximate import Statistic
 
 FIXED = 0
+FIXED_SIZE = "it meets a tensor that does not shrink"
 MAX_ENTRIES = 100_000_000  # two int64 arrays each: 1.6 GB
 
 
@@ -84,6 +85,7 @@ class Labels:
         self.interleaved: dict[int, tuple[np.ndarray, int]] = {}  # by identity: array, how many rows are interleaved
         self.op: Op | None = None
         self._leaves: dict[str, list[np.ndarray]] = {}
+        self._buffers: list[tuple[int, int]] = []  # least and greatest label of each buffer's axes
 
     def factors(self, value: Value) -> list[np.ndarray]:
         """The label arrays of a value; a parameter or buffer gets one for each of its axes on first use."""
@@ -110,6 +112,8 @@ class Labels:
                 ids = np.arange(self.count, self.count + size)
                 self.slots.append(Slot(value.name, axis, self.count, size))
                 self.count += size
+            if value.buffer:
+                self._buffers.append((int(ids.min()), int(ids.max())))
             factors.append(ids.reshape((1,) * axis + (size,) + (1,) * (ndim - axis - 1)))
         return factors
 
@@ -243,33 +247,54 @@ class Labels:
         self, first: list[np.ndarray], first_sizes: list[int], second: list[np.ndarray], second_sizes: list[int]
     ) -> list[np.ndarray]:
         merged, left = [], list(second)
-        reason = "it meets a tensor that does not shrink"
         for f in first:
-            varying = set(span(f))
-            # By identity: == on arrays is element-wise.
-            index = next((i for i, g in enumerate(left) if varying & set(span(g))), None)
-            if index is None:
-                if any(second_sizes[a] > 1 for a in varying):
-                    self.freeze(f, reason)
-                merged.append(f)
-                continue
-            g = left.pop(index)
-            other = set(span(g))
-            if varying == other:
-                self.unify(f, g)
-                merged.append(f)
-            elif other < varying and all(second_sizes[a] == 1 for a in varying - other):
-                self.unify(self.collapse(f, sorted(varying - other)), g)
-                merged.append(f)
-            elif varying < other and all(first_sizes[a] == 1 for a in other - varying):
-                self.unify(self.collapse(g, sorted(other - varying)), f)
-                merged.append(g)
-            else:
-                self.freeze([f, g], reason)
-                merged.append(f)
+            kept = self._meet(f, left, first_sizes, second_sizes)
+            if kept is not None:
+                merged.append(kept)
         for g in left:
-            if any(first_sizes[a] > 1 for a in span(g)):
-                self.freeze(g, reason)
-            if not any(set(span(g)) & set(span(f)) for f in merged):
-                merged.append(g)
+            kept = self._beside(g, first_sizes)
+            if kept is not None and not any(set(span(kept)) & set(span(f)) for f in merged):
+                merged.append(kept)
         return merged
+
+    def _meet(
+        self, f: np.ndarray, left: list[np.ndarray], first_sizes: list[int], second_sizes: list[int]
+    ) -> np.ndarray | None:
+        """Bind ``f`` to what it meets of the other operand's ``left``; what is left of it, None if it is frozen."""
+        varying = set(span(f))
+        # By identity: == on arrays is element-wise.
+        index = next((i for i, g in enumerate(left) if varying & set(span(g))), None)
+        if index is None:
+            return self._beside(f, second_sizes)
+        g = left.pop(index)
+        if varying == set(span(g)):
+            self.unify(f, g)
+            return f
+        for joint, part, sizes in ((f, g, second_sizes), (g, f, first_sizes)):
+            axes, extra = span(part), sorted(set(span(joint)) - set(span(part)))
+            if not set(axes) < set(span(joint)):
+                continue
+            if self._of_buffer(part) and max(extra) < min(axes) and all(sizes[a] == 1 for a in extra):
+                # The same constant in every row (a rotary embedding in every head): rows leave whole.
+                self.freeze(part, "every row of channels reads it")
+                rows = self.collapse(joint, axes)
+                if joint is f:
+                    return self._meet(rows, left, first_sizes, second_sizes)
+                left.append(rows)
+                return None
+            self.unify(self.collapse(joint, extra), part)
+            return joint
+        self.freeze([f, g], FIXED_SIZE)
+        return None
+
+    def _beside(self, factor: np.ndarray, sizes: list[int]) -> np.ndarray | None:
+        """Labels that meet a tensor without any: rows stay whole along the axes where it has a size of its own."""
+        fixed = [a for a in span(factor) if sizes[a] > 1]
+        if fixed and len(fixed) == len(span(factor)):
+            self.freeze(factor, FIXED_SIZE)  # and no longer carried: merged axes would be frozen for its sake
+            return None
+        return self.collapse(factor, fixed) if fixed else factor
+
+    def _of_buffer(self, factor: np.ndarray) -> bool:
+        first = int(factor.flat[0])
+        return any(low <= first <= high for low, high in self._buffers)

@@ -14,6 +14,7 @@ from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
+from lightning_prune.channels.rules.shape import free_axes
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
@@ -247,7 +248,12 @@ def _written_sizes(graph: ChannelGraph, stays: np.ndarray) -> dict[str, dict[str
             continue
         module = modules[op.module]
         value = op.outs[0] if op.name not in ("split", "slice") else op.args[0]
-        for before, after in size_changes(value.factors or [], stays):
+        changes = size_changes(value.factors or [], stays)
+        free = free_axes(op, len(value.shape))
+        constant = {n for a, n in enumerate(value.shape) if a not in free and all(a != axis for axis, _, _ in changes)}
+        for axis, before, after in changes:
+            if axis in free and before in constant:  # an attribute of this value holds the other size, which stays
+                continue
             for attribute, number in vars(module).items():
                 if type(number) is not int or number != before or not any(w in attribute for w in _WIDTH_WORDS):
                     continue
@@ -259,8 +265,8 @@ def _written_sizes(graph: ChannelGraph, stays: np.ndarray) -> dict[str, dict[str
     return found
 
 
-def size_changes(factors: list[np.ndarray], stays: np.ndarray) -> list[tuple[int, int]]:
-    """For each labelled axis its size before and after removal, where it changes and is the same in every row."""
+def size_changes(factors: list[np.ndarray], stays: np.ndarray) -> list[tuple[int, int, int]]:
+    """Each labelled axis, and its size before and after removal, where it changes and is the same in every row."""
     changes = []
     for factor in factors:
         alive = stays[factor]
@@ -271,5 +277,5 @@ def size_changes(factors: list[np.ndarray], stays: np.ndarray) -> list[tuple[int
             counts = (alive.any(axis=inner) if inner else alive).sum(axis=axis)
             counts = np.unique(counts[counts > 0])
             if len(counts) == 1 and counts[0] != size:
-                changes.append((size, int(counts[0])))
+                changes.append((axis, size, int(counts[0])))
     return changes

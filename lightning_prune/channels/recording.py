@@ -27,16 +27,18 @@ class Value:
             tensor, of size 1 where the labels do not vary.
         wild: Axes along which the tensor is constant because a factory or ``expand`` made it so: it follows any size.
         weight: Whether it was computed from parameters and constants only.
+        buffer: Whether it is a buffer of the model.
     """
 
-    __slots__ = ("factors", "name", "shape", "weight", "wild")
+    __slots__ = ("buffer", "factors", "name", "shape", "weight", "wild")
 
-    def __init__(self, shape: tuple[int, ...], name: str | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], name: str | None = None, buffer: bool = False) -> None:
         self.shape = shape
         self.name = name
         self.factors: list[np.ndarray] | None = None
         self.wild: frozenset[int] = frozenset()
         self.weight = name is not None
+        self.buffer = buffer
 
 
 @dataclass(slots=True)
@@ -190,7 +192,8 @@ def record(
     by_name = recording.leaves
     for name, tensor in named_tensors(model):
         if id(tensor) not in leaves:
-            leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name)
+            is_buffer = not isinstance(tensor, nn.Parameter)
+            leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name, is_buffer)
     state = _State()
     recorder = _Recorder(leaves, state, recording.ops)
     inputs = map_tensors(torch.clone, example_inputs)

@@ -156,10 +156,10 @@ def trace_channels(
             lose channels. Their statistics then change, so that outputs move; :func:`compact` reports by how much. All
             else is still checked exactly. (GroupNorm with several groups loses whole groups, which is exact.)
         replace_attention: Whether heads may leave where the forward code takes its inner width from its input
-            (``nn.MultiheadAttention``, torchvision's Swin, SwinV2 and MaxViT attention). Such modules are traced, and
-            where heads leave replaced for good, as subclasses of their own class whose inner width is free: the same
-            objects, parameters, hooks and ``state_dict`` keys. False: their heads stay. Attention that reads its own
-            head counts needs no replacement and is not concerned.
+            (``nn.MultiheadAttention``; Swin, SwinV2 and MaxViT attention of torchvision; BEiT, EVA and SwinV2 attention
+            of timm). Such modules are traced, and where heads leave replaced for good, as subclasses of their own class
+            whose inner width is free: the same objects, parameters, hooks and ``state_dict`` keys. False: their heads
+            stay. Attention that reads its own head counts needs no replacement and is not concerned.
 
     Returns:
         The graph: ``groups``, ``frozen`` and ``explain()``.

@@ -99,6 +99,50 @@ class FusedAttention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
 
 
+class RotaryAttention(nn.Module):
+    """Grouped queries with rotary embeddings, the same for every head: from a buffer, or computed in each pass."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, buffer: bool) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.out = nn.Linear(width, 2 * heads * head_dim), nn.Linear(2 * heads * head_dim, width)
+        self.k, self.v = nn.Linear(width, heads * head_dim), nn.Linear(width, heads * head_dim)
+        if buffer:
+            self.register_buffer("angles", self._angles(5))
+
+    def _angles(self, tokens: int) -> Tensor:
+        speeds = 100.0 ** -(torch.arange(self.head_dim // 2, dtype=torch.float64) / self.head_dim)
+        return torch.outer(torch.arange(tokens, dtype=torch.float64), speeds).repeat(1, 2)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        angles = (self.angles if hasattr(self, "angles") else self._angles(x.shape[2])).to(x)
+        first, second = x[..., : self.head_dim // 2], x[..., self.head_dim // 2 :]
+        return x * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        q, k = self._rotate(q), self._rotate(k)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MaskedWindows(nn.Module):
+    """Attention in two windows, each with a mask of its own that a buffer holds."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, head_dim
+        self.qkv, self.out = nn.Linear(width, 3 * heads * head_dim), nn.Linear(heads * head_dim, width)
+        self.register_buffer("mask", torch.randn(2, 5, 5, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:  # (samples * windows, tokens, width)
+        b, t, _ = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.transpose(-2, -1)).view(b // 2, 2, self.num_heads, t, t) + self.mask[:, None]
+        y = scores.view(b, self.num_heads, t, t).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, t, -1))
+
+
 def _residual(w: int) -> nn.Module:
     return Net(
         lambda n, x: n.head((h := F.relu(n.stem(x))) + n.b(F.relu(n.a(h)))),
@@ -246,6 +290,9 @@ CASES = [
     Case("heads, sdpa", lambda w: _transformer(6, Attention(6, w // 2, 3, style="sdpa")), (2, 5, 6), [4]),
     Case("heads, einsum", lambda w: _transformer(6, Attention(6, w // 2, 3, style="einsum")), (2, 5, 6), [4]),
     Case("heads, grouped queries", lambda w: _transformer(6, Attention(6, w, 3, kv_heads=w // 2)), (2, 5, 6), [4]),
+    Case("heads, rotary buffer", lambda w: _transformer(6, RotaryAttention(6, w // 2, 4, True)), (2, 5, 6), [4]),
+    Case("heads, rotary computed", lambda w: _transformer(6, RotaryAttention(6, w // 2, 4, False)), (2, 5, 6), [4]),
+    Case("heads, masks of windows", lambda w: _transformer(6, MaskedWindows(6, w // 2, 3)), (4, 5, 6), [4]),
     Case("heads, one projection", lambda w: _transformer(6, FusedAttention(6, w // 2, 3)), (2, 5, 6), [4]),
 ]  # fmt: skip
 

@@ -21,6 +21,9 @@ KINDS = {
     "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": (
         "windowed", "FreeRelativePositionalMultiHeadAttention"
     ),
+    "timm.models.beit.Attention": ("timm_models", "FreeBeitAttention"),
+    "timm.models.eva.EvaAttention": ("timm_models", "FreeEvaAttention"),
+    "timm.models.swin_transformer_v2.WindowAttention": ("timm_models", "FreeWindowAttentionV2"),
 }  # fmt: skip
 
 
@@ -55,7 +58,10 @@ def replaceable(model: nn.Module) -> dict[str, str]:
 def _is_parameter(module: nn.Module, path: str) -> bool:
     *owners, leaf = path.split(".")
     for owner in owners:
-        module = cast(nn.Module, module._modules[owner])
+        child = module._modules.get(owner)
+        if child is None:  # the module is one of several forms, without this part
+            return True
+        module = child
     return leaf in module._parameters
 
 

@@ -60,7 +60,7 @@ def view(labels: Labels, op: Op) -> None:
         out.factors = []
         return
     blocks = _blocks(x.shape, out.shape)
-    free = _free_axes(op, len(out.shape))
+    free = free_axes(op, len(out.shape))
     out.factors = []
     for factor in factors:
         moved = _through(labels, factor, x.shape, out.shape, blocks, free)
@@ -71,11 +71,14 @@ def view(labels: Labels, op: Op) -> None:
             out.factors.append(moved)
 
 
-def _free_axes(op: Op, ndim: int) -> set[int]:
-    """Output axes whose sizes the Python code does not spell out."""
+def free_axes(op: Op, ndim: int) -> set[int]:
+    """Axes (of the output, or of what is cut) whose sizes the Python code does not spell out."""
     every = set(range(ndim))
     if op.name in ("squeeze", "unsqueeze"):
         return every
+    if op.name in ("slice", "narrow", "split", "split_with_sizes"):
+        cut = argument(op, 2 if op.name.startswith("split") else 1, "dim", 0)
+        return every - set(axes_of(cut, ndim))
     if op.intent is None:
         return set()
     name, given = op.intent
@@ -84,6 +87,10 @@ def _free_axes(op: Op, ndim: int) -> set[int]:
     if name in ("view", "reshape"):
         sizes = given[0] if len(given) == 1 and isinstance(given[0], (list, tuple)) else given
         return {i for i, size in enumerate(sizes) if size == -1}
+    if name == "unflatten":
+        axis, sizes = given
+        first = int(axis) % (ndim - len(sizes) + 1)
+        return every - {first + i for i, size in enumerate(sizes) if size != -1}
     return set()
 
 
@@ -252,7 +259,9 @@ def split(labels: Labels, op: Op) -> None:
             pieces = [factor] * len(sizes)
         else:
             pieces = np.split(factor, np.cumsum(sizes)[:-1], axis=axis)
-            if len(set(sizes)) > 1:
+            if len(set(sizes)) > 1 and len(span(factor)) > 1:
+                pieces = [labels.collapse(factor, [axis])] * len(sizes)
+            elif len(set(sizes)) > 1:
                 labels.freeze(factor, "it is split into pieces of fixed sizes")
             else:
                 labels.balance_pieces(factor, axis, pieces)
@@ -282,6 +291,8 @@ def slice_(labels: Labels, op: Op) -> None:
             labels.balance_pieces(factor, axis, np.split(factor, size // length, axis=axis))
             labels.suspect(factor)
             out.factors.append(np.take(factor, range(start, start + length), axis=axis))
+        elif len(span(factor)) > 1:  # within rows that leave whole, positions stay where they are
+            out.factors.append(labels.collapse(factor, [axis]))
         else:
             labels.freeze(factor, "a part of it is taken by fixed positions")
 
