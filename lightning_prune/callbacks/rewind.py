@@ -15,13 +15,6 @@ from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.errors import ConfigError, ResumeError
 from lightning_prune.times import TrainTime
 
-OPTIMIZER_STATE = ("restore", "reset", "keep")
-
-
-def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ConfigError(f"{name}={given!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
-
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of ``module`` by name, non-persistent buffers too, each shared tensor once."""
@@ -58,7 +51,43 @@ def reinitialize(module: nn.Module) -> None:
         )
 
 
-class WeightRewind(Callback):
+class _Rewinder(Callback):
+    """What both rewinders do: name their point, refuse to stand alone, know what a fresh optimizer remembers."""
+
+    def __init__(self, to: str, optimizer_state: str, choices: tuple[str, ...]) -> None:
+        if optimizer_state not in choices:
+            raise ConfigError(
+                f"optimizer_state={optimizer_state!r} is unknown; choose one of {', '.join(map(repr, choices))}."
+            )
+        self.to = TrainTime.parse(to, f"{type(self).__name__}(to)")
+        self.optimizer_state = optimizer_state
+        self._initial_optimizers: list[dict[str, Any]] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to stand alone."""
+        if stage == "fit":
+            require_pruner(trainer, self)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember what a fresh optimizer remembers (nothing, except for Adagrad), for ``"reset"``."""
+        if self.optimizer_state == "reset":
+            self._initial_optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
+
+    def _no_snapshot(self) -> ResumeError:
+        return ResumeError(
+            f"{type(self).__name__} has no snapshot of {self.to}: the checkpoint this run was resumed from was written "
+            "without it, after the rewinding point. Resume from a checkpoint of a run with the same callbacks."
+        )
+
+    def _check_same_point(self, saved: str) -> None:
+        if str(self.to) != saved:
+            name = type(self).__name__
+            raise ResumeError(
+                f"the checkpoint was written with {name}(to='{saved}'), this run has {name}(to='{self.to}')."
+            )
+
+
+class WeightRewind(_Rewinder):
     """Set the surviving weights back to what they were at the rewinding point, at every prune event.
 
     Restores every parameter *and buffer* (BatchNorm statistics too) under the new mask. Captures them once, when
@@ -91,24 +120,11 @@ class WeightRewind(Callback):
     prune_order = 0
 
     def __init__(self, to: str = "0st", optimizer_state: str = "restore", reinit: bool = False, seed: int = 0) -> None:
-        _check_choice("optimizer_state", optimizer_state, OPTIMIZER_STATE)
-        self.to = TrainTime.parse(to, "WeightRewind(to)")
-        self.optimizer_state = optimizer_state
+        super().__init__(to, optimizer_state, ("restore", "reset", "keep"))
         self.reinit = reinit
         self.seed = seed
         self._snapshot: dict[str, Tensor] | None = None
         self._optimizers: list[dict[str, Any]] | None = None
-        self._initial_optimizers: list[dict[str, Any]] | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse to stand alone."""
-        if stage == "fit":
-            require_pruner(trainer, self)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what a fresh optimizer remembers (nothing, except for Adagrad), for ``"reset"``."""
-        if self.optimizer_state == "reset":
-            self._initial_optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
 
     def on_rewinding_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule, position: Position) -> None:
         """Take the snapshot."""
@@ -130,10 +146,7 @@ class WeightRewind(Callback):
                 reinitialize(pl_module)
         else:
             if self._snapshot is None:
-                raise ResumeError(
-                    f"WeightRewind has no snapshot of {self.to}: the checkpoint this run was resumed from was written "
-                    "without it, after the rewinding point. Resume from a checkpoint of a run with the same callbacks."
-                )
+                raise self._no_snapshot()
             with torch.no_grad():
                 for name, tensor in named_state(pl_module).items():
                     tensor.copy_(self._snapshot[name])
@@ -150,12 +163,12 @@ class WeightRewind(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the snapshot of a checkpoint."""
-        check_same_point(self, str(self.to), state_dict["to"])
+        self._check_same_point(state_dict["to"])
         self._snapshot = state_dict["snapshot"]
         self._optimizers = state_dict["optimizers"]
 
 
-class LRRewind(Callback):
+class LRRewind(_Rewinder):
     """Set the learning-rate schedule back to where it was at the rewinding point, at every prune event.
 
     Restores the state of every scheduler and every field of every parameter group (learning rate, scheduled momentum
@@ -188,23 +201,10 @@ class LRRewind(Callback):
     prune_order = 1
 
     def __init__(self, to: str = "0st", optimizer_state: str = "keep", check_length: bool = True) -> None:
-        _check_choice("optimizer_state", optimizer_state, ("keep", "reset"))
-        self.to = TrainTime.parse(to, "LRRewind(to)")
-        self.optimizer_state = optimizer_state
+        super().__init__(to, optimizer_state, ("keep", "reset"))
         self.check_length = check_length
         self._schedulers: list[dict[str, Any]] | None = None
         self._groups: list[list[dict[str, Any]]] | None = None
-        self._initial_optimizers: list[dict[str, Any]] | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse to stand alone."""
-        if stage == "fit":
-            require_pruner(trainer, self)
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember what a fresh optimizer remembers, for ``"reset"``."""
-        if self.optimizer_state == "reset":
-            self._initial_optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
 
     def on_rewinding_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule, position: Position) -> None:
         """Take the snapshot."""
@@ -223,10 +223,7 @@ class LRRewind(Callback):
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """Restore schedulers and parameter groups."""
         if self._schedulers is None or self._groups is None:
-            raise ResumeError(
-                f"LRRewind has no snapshot of {self.to}: the checkpoint this run was resumed from was written without "
-                "it, after the rewinding point. Resume from a checkpoint of a run with the same callbacks."
-            )
+            raise self._no_snapshot()
         for config, state in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
             config.scheduler.load_state_dict(deepcopy(state))
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
@@ -244,7 +241,7 @@ class LRRewind(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the snapshot of a checkpoint."""
-        check_same_point(self, str(self.to), state_dict["to"])
+        self._check_same_point(state_dict["to"])
         self._schedulers = state_dict["schedulers"]
         self._groups = state_dict["groups"]
 
@@ -260,17 +257,6 @@ def require_pruner(trainer: pl.Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} acts at prune events, and no pruner is among the trainer's callbacks. "
             "Add one (IterativeMagnitudePruner, ChannelPruner) or take it out."
         )
-
-
-def check_same_point(callback: Callback, ours: str, saved: str) -> None:
-    """Refuse a checkpoint that was rewound elsewhere.
-
-    Raises:
-        ResumeError: ``ours`` is not ``saved``.
-    """
-    if ours != saved:
-        name = type(callback).__name__
-        raise ResumeError(f"the checkpoint was written with {name}(to='{saved}'), this run has {name}(to='{ours}').")
 
 
 def check_schedule_length(trainer: pl.Trainer, total_steps: int, epochs: int | None) -> None:
