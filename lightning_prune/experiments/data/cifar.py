@@ -35,8 +35,8 @@ class CIFAR10(TensorDataModule):
         eval_batch_size: Images a batch in validation and test.
         val_size: Training images held out for validation, drawn with ``seed``.
         augment: Shift training images by up to 4 pixels and mirror half of them.
-        mean: Subtracted from pixels in [0, 1], one number a channel.
-        std: Divided by, one number a channel.
+        mean: Subtracted from pixels in [0, 1], one number a channel. Default: that of the training images.
+        std: Divided by, one number a channel. Default: the deviation of the training images.
         download: Fetch the original files if no data is there.
         drop_last: Leave out a last training batch that is not full.
         watch_test: Show the test data as a second validation loader.
@@ -53,6 +53,8 @@ class CIFAR10(TensorDataModule):
     name = "CIFAR-10"
     files = "CIFAR10"
     expected = f"cifar-10-batches-py, {JPEG_NAME}.tar.gz or {JPEG_NAME}"
+    own_mean = (0.4914, 0.4822, 0.4465)
+    own_std = (0.2470, 0.2435, 0.2616)
 
     def __init__(
         self,
@@ -61,8 +63,8 @@ class CIFAR10(TensorDataModule):
         eval_batch_size: int = 1000,
         val_size: int = 5000,
         augment: bool = True,
-        mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
-        std: Sequence[float] = (0.2470, 0.2435, 0.2616),
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         download: bool = False,
         drop_last: bool = False,
         watch_test: bool = False,
@@ -70,7 +72,7 @@ class CIFAR10(TensorDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, drop_last, watch_test, seed)
         self.root, self.download, self.val_size = data_root(root), download, val_size
-        self.eval_transform = Pixels(mean, std)
+        self.eval_transform = Pixels(self.own_mean if mean is None else mean, self.own_std if std is None else std)
         self.train_transform = CropFlip(4, then=self.eval_transform) if augment else self.eval_transform
 
     def prepare_data(self) -> None:
@@ -114,24 +116,8 @@ class CIFAR100(CIFAR10):
     name = "CIFAR-100"
     files = "CIFAR100"
     expected = "cifar-100-python"
-
-    def __init__(
-        self,
-        root: str | Path | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int = 1000,
-        val_size: int = 5000,
-        augment: bool = True,
-        mean: Sequence[float] = (0.5071, 0.4865, 0.4409),
-        std: Sequence[float] = (0.2673, 0.2564, 0.2762),
-        download: bool = False,
-        drop_last: bool = False,
-        watch_test: bool = False,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            root, batch_size, eval_batch_size, val_size, augment, mean, std, download, drop_last, watch_test, seed
-        )
+    own_mean = (0.5071, 0.4865, 0.4409)
+    own_std = (0.2673, 0.2564, 0.2762)
 
 
 def jpeg_splits(source: Path) -> tuple[Split, Split]:
