@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.channels.compact import plans_of, remember
+from lightning_prune.channels.left import parts_of
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
 from lightning_prune.files import read_tensors, write_tensors
@@ -85,7 +86,8 @@ def load_compact(fresh_model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _fill(model: nn.Module, path: str | Path, plans: list[RemovalPlan], state: Any, written_for: Any) -> None:
-    expected = set(model.state_dict())
+    gone = tuple(f"{part}." for plan in plans for part in parts_of(plan.left))
+    expected = {name for name in model.state_dict() if not name.startswith(gone)}
     if expected != set(state):
         missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
         raise MaskMismatchError(

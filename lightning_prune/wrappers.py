@@ -60,4 +60,5 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for module, name, child in undo:
-                module._modules[name] = child
+                if module._modules[name] is bare(child):  # else it has left meanwhile
+                    module._modules[name] = child

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_prune.channels.approximate import ignoring
 from lightning_prune.channels.attention import replaced
+from lightning_prune.channels.left import left_out, silenced
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
 from lightning_prune.errors import EqualityError
@@ -154,6 +155,7 @@ def _parent(
         default_dtype(dtype),
         evaluation(model, training=plan.training),
         ignoring(model, plan),
+        silenced(model, plan),
     ):
         return output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
 
@@ -168,8 +170,13 @@ def _child(
             tensors[name].requires_grad_()
     before = set_attributes(model, plan.attributes)
     try:
-        with replaced(model, plan.replaced), substituted(model, tensors), default_dtype(dtype):
-            watched = {n: p for n, p in model.named_parameters() if p.requires_grad and n in plan.keep}
+        with (
+            replaced(model, plan.replaced),
+            substituted(model, tensors),
+            default_dtype(dtype),
+            left_out(model, plan.left, dtype) as probes,
+        ):
+            watched = {n: p for n, p in model.named_parameters() if p.requires_grad and n in plan.keep} | probes
             try:
                 with evaluation(model, grad=True, training=plan.training):
                     outputs = output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
@@ -205,7 +212,7 @@ def _error(parent: list[Tensor], child: list[Tensor]) -> float:
 
 
 @torch.enable_grad()
-def _blind(outputs: list[Tensor], parameters: Mapping[str, nn.Parameter]) -> list[str]:
+def _blind(outputs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
     """Names of parameters on which no output depends."""
     generator = torch.Generator().manual_seed(1)
     total = None

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
 from lightning_prune.channels.rules.shape import free_axes
+from lightning_prune.channels.residual import BlockScores
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
@@ -41,6 +42,8 @@ class RemovalPlan:
             from the end, indices that stay. Empty unless the graph was traced with ``approximate=True``.
         unseen: Parameters that the traced pass did not use. Code that chooses its path by values may use them later.
         without_effect: Parameters on which no output depended in the traced pass; the check cannot see them.
+        left: Residual blocks that leave whole: their name, the module and its additions, and what stands for each
+            module that leaves. ``shapes`` then has the tensors that leave with them.
     """
 
     keep: dict[str, dict[int, list[int]]]
@@ -54,6 +57,7 @@ class RemovalPlan:
     statistics: list[dict[str, Any]] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     without_effect: list[str] = field(default_factory=list)
+    left: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON content."""
@@ -105,12 +109,13 @@ class RemovalPlan:
 def plan_removal(
     graph: ChannelGraph,
     budget: Budget,
-    scores: ChannelScores | None = None,
+    scores: ChannelScores | BlockScores | None = None,
     round_to: RoundTo = 1,
     min_channels: int = 1,
     scope: str = "layer",
+    granularity: str = "channel",
 ) -> RemovalPlan:
-    """Choose which channels leave.
+    """Choose which channels leave, or which residual blocks.
 
     Args:
         graph: The traced model.
@@ -122,6 +127,9 @@ def plan_removal(
             device, or numbers by device type; see :func:`alignment` for the rule.
         min_channels: Least width of a group, at least 1.
         scope: ``"layer"``: every group loses the same fraction. ``"global"``: scores of all groups compete.
+        granularity: ``"channel"``, or ``"block"``: residual blocks leave whole, see :func:`plan_blocks`, and ``scores``
+            has a number for each block; the three arguments before this one are not for blocks. Plans of both kinds
+            can follow each other on one model, which is traced anew in between.
 
     Returns:
         The plan. It holds what stays of each parameter and buffer, so it can be replayed on a fresh model.
@@ -133,6 +141,14 @@ def plan_removal(
     Limits:
         Ties in scores: the later channel leaves first.
     """
+    if granularity not in ("channel", "block"):
+        raise ConfigError(f"granularity={granularity!r}: expected 'channel' or 'block'.")
+    if granularity == "block":
+        from lightning_prune.channels.blocks import plan_blocks
+
+        if (round_to, min_channels, scope) != (1, 1, "layer"):
+            raise ConfigError("round_to, min_channels and scope are for channels; leave them out with blocks.")
+        return plan_blocks(graph, budget, cast("BlockScores | None", scores))
     round_to = resolve_round_to(round_to, graph.model)
     if min_channels < 1:
         raise ConfigError(f"min_channels={min_channels} must be at least 1.")
@@ -141,7 +157,7 @@ def plan_removal(
     if not graph.groups:
         raise ConfigError("no channel of this model can leave; graph.explain() says why.")
     with uncompiled(graph.model):
-        return _plan(graph, budget, scores, round_to, min_channels, scope)
+        return _plan(graph, budget, cast("ChannelScores | None", scores), round_to, min_channels, scope)
 
 
 def _plan(

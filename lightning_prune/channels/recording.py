@@ -81,6 +81,7 @@ class Recording:
     outputs: list[Value] = field(default_factory=list)
     result: Any = None
     leaves: dict[str, Value] = field(default_factory=dict)
+    values: dict[int, Value] = field(default_factory=dict)  # by the identity of tensors, while the pass runs
 
 
 def _collect(items: Any, found: list[Value]) -> None:
@@ -196,6 +197,7 @@ def record(
             leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name, is_buffer)
     state = _State()
     recorder = _Recorder(leaves, state, recording.ops)
+    recording.values = recorder.values
     inputs = map_tensors(torch.clone, example_inputs)
     with ExitStack() as stack:
         state.modules = stack.enter_context(following(model))

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from lightning_prune.channels.attention import check_kinds, replace
+from lightning_prune.channels.left import check_holders, check_parts, take_out
 from lightning_prune.errors import MaskMismatchError, PruneError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def check_fits(plan: "RemovalPlan", model: nn.Module) -> None:
                 "model of "
                 "the original width (was the plan carried out already?)."
             )
+    check_parts(model, plan)
     modules = dict(model.named_modules())
     for name in plan.attributes:
         if name not in modules:
@@ -108,6 +110,8 @@ def check_optimizers(plan: "RemovalPlan", model: nn.Module, optimizers: Iterable
     Raises:
         PruneError: A state tensor is neither a scalar nor of its parameter's shape.
     """
+    optimizers = list(optimizers)
+    check_holders(model, plan, optimizers)
     names = {id(p): n for n, p in model.named_parameters() if n in plan.keep}
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS) and optimizer.state:
@@ -165,6 +169,7 @@ def carry_out(plan: "RemovalPlan", model: nn.Module, optimizers: Iterable[Optimi
                         state[key] = take(value, axes)
     replace(model, plan.replaced)
     set_attributes(model, plan.attributes)
+    take_out(model, plan, optimizers)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()
