@@ -13,12 +13,13 @@ from lightning_prune.channels.equality import check_inputs, default_dtype, rando
 from lightning_prune.channels.labels import Labels
 from lightning_prune.channels.left import AddsOf, leaving_tensors, left_out, silent
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.recording import Recording, call_model, evaluation, map_tensors, output_tensors
+from lightning_prune.channels.recording import Recording
 from lightning_prune.channels.residual import Block, BlockScores, Residuals
 from lightning_prune.channels.surgery import substituted
 from lightning_prune.channels.trace import ChannelGraph, propagate
-from lightning_prune.channels.wrappers import uncompiled
 from lightning_prune.errors import BudgetError, ConfigError, TraceError
+from lightning_prune.running import call_model, evaluation, map_tensors, output_tensors
+from lightning_prune.wrappers import uncompiled
 
 
 @dataclass
