@@ -14,8 +14,8 @@ from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import Budget, CostModel, search
 from lightning_prune.channels.labels import FIXED
-from lightning_prune.channels.rules.shape import free_axes
 from lightning_prune.channels.residual import BlockScores
+from lightning_prune.channels.rules.shape import free_axes
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
