@@ -18,6 +18,7 @@ from lightning_prune.callbacks import (
 from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
 from lightning_prune.compact_files import load_compact, save_compact
+from lightning_prune.connectivity import ErrorRate, LinearPath, linear_mode_connectivity
 from lightning_prune.costs import Costs, count_costs
 from lightning_prune.errors import (
     BudgetError,
@@ -49,9 +50,11 @@ __all__ = [
     "ConfigError",
     "Costs",
     "EqualityError",
+    "ErrorRate",
     "FileFormatError",
     "IterativeMagnitudePruner",
     "LRRewind",
+    "LinearPath",
     "MaskMismatchError",
     "MaskSet",
     "MeasurementError",
@@ -71,6 +74,7 @@ __all__ = [
     "WriteError",
     "compact",
     "count_costs",
+    "linear_mode_connectivity",
     "load_compact",
     "load_compact_checkpoint",
     "load_ticket",
