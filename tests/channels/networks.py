@@ -126,6 +126,22 @@ class RotaryAttention(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
+class InterleavedAttention(nn.Module):
+    """Queries, keys and values of each head side by side, cut into uneven parts."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, head_dim
+        self.qkv, self.out = nn.Linear(width, heads * 3 * head_dim), nn.Linear(heads * head_dim, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        qkv = self.qkv(x).view(b, t, self.num_heads, 3 * self.head_dim).transpose(1, 2)
+        qk, v = qkv.split([2 * self.head_dim, self.head_dim], dim=-1)
+        q, k = qk.chunk(2, dim=-1)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, -1))
+
+
 class MaskedWindows(nn.Module):
     """Attention in two windows, each with a mask of its own that a buffer holds."""
 
@@ -292,6 +308,7 @@ CASES = [
     Case("heads, grouped queries", lambda w: _transformer(6, Attention(6, w, 3, kv_heads=w // 2)), (2, 5, 6), [4]),
     Case("heads, rotary buffer", lambda w: _transformer(6, RotaryAttention(6, w // 2, 4, True)), (2, 5, 6), [4]),
     Case("heads, rotary computed", lambda w: _transformer(6, RotaryAttention(6, w // 2, 4, False)), (2, 5, 6), [4]),
+    Case("heads, side by side", lambda w: _transformer(6, InterleavedAttention(6, w // 2, 3)), (2, 5, 6), [4]),
     Case("heads, masks of windows", lambda w: _transformer(6, MaskedWindows(6, w // 2, 3)), (4, 5, 6), [4]),
     Case("heads, one projection", lambda w: _transformer(6, FusedAttention(6, w // 2, 3)), (2, 5, 6), [4]),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal,
 from lightning_prune.channels.attention import replace, replaceable
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import EqualityError, MaskMismatchError, PruneError
-from tests.channels.networks import Net, assert_close, randomised
+from tests.channels.networks import Net, RotaryAttention, assert_close, randomised
 
 HALF = Budget(channels=0.5)
 
@@ -360,3 +360,12 @@ def test_whether_memory_is_copied_does_not_hold_heads(heads: int) -> None:
     plan = plan_removal(trace_channels(model, X), Budget(channels=1 / heads))
     assert compact(model, plan, X).error < 1e-12
     assert model[0].num_heads == 1
+
+
+def test_one_head_may_meet_what_was_shared_by_several() -> None:
+    """With a single head left, its places meet those of a rotary embedding one by one: they stay, all of them."""
+    model = nn.Sequential(nn.LayerNorm(12), RotaryAttention(12, 2, 6, buffer=True), nn.Linear(12, 3)).double()
+    plan = plan_removal(trace_channels(model, X), HALF)
+    assert compact(model, plan, X).error < 1e-12
+    assert model[1].q.out_features == 12
+    assert model[1].k.out_features == 6
