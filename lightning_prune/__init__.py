@@ -19,7 +19,7 @@ from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal,
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.connectivity import ErrorRate, LinearPath, linear_mode_connectivity
-from lightning_prune.costs import Costs, count_costs
+from lightning_prune.costs import Costs, Latency, LatencyComparison, compare_latency, count_costs, measure_latency
 from lightning_prune.errors import (
     BudgetError,
     ConfigError,
@@ -55,6 +55,8 @@ __all__ = [
     "IterativeMagnitudePruner",
     "LRRewind",
     "LinearPath",
+    "Latency",
+    "LatencyComparison",
     "MaskMismatchError",
     "MaskSet",
     "MeasurementError",
@@ -73,11 +75,13 @@ __all__ = [
     "WeightRewind",
     "WriteError",
     "compact",
+    "compare_latency",
     "count_costs",
     "linear_mode_connectivity",
     "load_compact",
     "load_compact_checkpoint",
     "load_ticket",
+    "measure_latency",
     "plan_removal",
     "prunable_parameters",
     "save_compact",

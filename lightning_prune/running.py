@@ -53,7 +53,9 @@ def output_tensors(item: Any, _depth: int = 0) -> list[Tensor]:
 
 
 @contextmanager
-def evaluation(model: nn.Module, *, grad: bool = False, training: bool = False) -> Iterator[None]:
+def evaluation(
+    model: nn.Module, *, grad: bool = False, training: bool = False, fast_path: bool = False
+) -> Iterator[None]:
     """Put the model into eval mode with attention's fused fast path off; put every flag back afterwards.
 
     Args:
@@ -61,10 +63,11 @@ def evaluation(model: nn.Module, *, grad: bool = False, training: bool = False) 
         grad: Whether operations are differentiated.
         training: Whether modules that have children stay in training mode, so that branches that only training takes
             (auxiliary classifiers) run while BatchNorm and dropout behave as in evaluation.
+        fast_path: Whether attention may take its fast path all the same.
     """
     modes = [(module, module.training) for module in model.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(fast and fast_path)
     try:
         for module, _ in modes:
             children = training and next(module.children(), None) is not None

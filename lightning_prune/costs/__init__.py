@@ -1,5 +1,16 @@
 """What a network costs: parameters, operations, measured latency."""
 
 from lightning_prune.costs.flops import Costs, Count, ModuleCosts, count_costs
+from lightning_prune.costs.latency import Latency, LatencyComparison, RunAs, compare_latency, measure_latency
 
-__all__ = ["Costs", "Count", "ModuleCosts", "count_costs"]
+__all__ = [
+    "Costs",
+    "Count",
+    "Latency",
+    "LatencyComparison",
+    "ModuleCosts",
+    "RunAs",
+    "compare_latency",
+    "count_costs",
+    "measure_latency",
+]

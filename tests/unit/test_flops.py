@@ -272,8 +272,9 @@ def test_the_planner_counts_the_same(name: str) -> None:
 def published(name: str) -> tuple[Costs, float, int]:
     weights = torchvision.models.get_model_weights(name).DEFAULT
     options = {"googlenet": {"aux_logits": False, "init_weights": False}, "inception_v3": {"init_weights": False}}
-    model = torchvision.models.get_model(name, weights=None, **options.get(name, {})).eval()
     size = weights.transforms().crop_size[0]
+    own = {"image_size": size} if name.startswith("vit_") else options.get(name, {})
+    model = torchvision.models.get_model(name, weights=None, **own).eval()
     return count_costs(model, torch.zeros(1, 3, size, size)), weights.meta["_ops"], weights.meta["num_params"]
 
 

@@ -32,6 +32,10 @@ MODULES = sorted(
 )
 
 PUBLIC = [
+    "Latency",
+    "LatencyComparison",
+    "compare_latency",
+    "measure_latency",
     "Costs",
     "MeasurementError",
     "count_costs",
