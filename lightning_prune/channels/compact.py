@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.channels.approximate import Moved, moved, outputs_of
 from lightning_prune.channels.equality import TOLERANCE, compare, masked
+from lightning_prune.channels.fold import Fold, Folded, apply_, find_folds, own_constants
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import carry_out, check_fits, check_optimizers, named_tensors, substituted
 from lightning_prune.errors import ConfigError, EqualityError
@@ -29,6 +30,7 @@ class CompactReport:
         surgery_seconds: Time of the removal itself.
         groups: One entry a group: name, size before, size after.
         moved: By how much outputs moved, where normalisations lost channels (``approximate=True``); else None.
+        folded: Where constants of leaving channels went, with ``fold=True``; else None.
     """
 
     costs: dict[str, tuple[int, int]]
@@ -38,6 +40,7 @@ class CompactReport:
     surgery_seconds: float
     groups: list[dict[str, Any]] = field(default_factory=list)
     moved: Moved | None = None
+    folded: Folded | None = None
 
     def kept(self, what: str) -> float:
         """Fraction kept of ``"channels"``, ``"params"`` or ``"macs"``."""
@@ -51,6 +54,7 @@ def compact(
     example_inputs: Any,
     optimizers: Iterable[Optimizer] | Optimizer = (),
     precision: torch.dtype = torch.float64,
+    fold: bool = False,
 ) -> CompactReport:
     """Remove the plan's channels in place, after proving that nothing else changes.
 
@@ -67,6 +71,10 @@ def compact(
         optimizers: Optimizers over the model's parameters; their per-element state is sliced along.
         precision: Of the check: ``torch.float64`` (allows 1e-9 of the outputs' scale) or the cheaper ``torch.float32``
             (1e-4).
+        fold: A channel whose BatchNorm scale is 0 still emits its shift. False silences it, which is the papers' rule.
+            True gives leaving channels a scale of 0 and folds the constant that follows from their shift into what
+            reads them: exactly, wherever that is possible; ``report.folded`` says where it was not. The parent of the
+            check then has these constants; where a scale was 0 already, the model computes what it did.
 
     Returns:
         Costs before and after, and the error of the check.
@@ -84,13 +92,19 @@ def compact(
         check_fits(plan, model)
         check_optimizers(plan, model, optimizers)
         start = time.perf_counter()
-        error, dtype = verify(model, plan, example_inputs, precision)
+        folds = find_folds(model, plan, example_inputs) if fold else None
+        constants = own_constants(model, folds, example_inputs) if folds else None
+        error, dtype = verify(model, plan, example_inputs, precision, fold=folds)
         checked = time.perf_counter()
         before = _outputs_before(model, plan, example_inputs) if plan.statistics else None
         ready = time.perf_counter()
         carry_out(plan, model, optimizers)
+        if constants:
+            apply_(model, plan, constants[0])
         done = time.perf_counter()
         report = CompactReport(dict(plan.costs), error, dtype, checked - start, done - ready, list(plan.groups))
+        if constants:
+            report.folded = constants[1]
         if before is not None:
             report.moved = moved(plan, *before, outputs_of(model, example_inputs))
     remember(model, plan)
@@ -123,6 +137,7 @@ def verify(
     example_inputs: Any,
     precision: torch.dtype = torch.float64,
     seeds: Sequence[int] = range(12),
+    fold: Fold | None = None,
 ) -> tuple[float, str]:
     """Run the equality check, again with other random weights where an output did not depend on a branch.
 
@@ -140,7 +155,7 @@ def verify(
     worst = 0.0
     for seed in seeds:
         try:
-            found = compare(model, plan, example_inputs, precision=precision, seed=seed)
+            found = compare(model, plan, example_inputs, precision=precision, seed=seed, fold=fold)
         except EqualityError as error:
             raise EqualityError(f"{error} {_advice(plan)}") from error
         worst = max(worst, found.error)

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
 from lightning_prune.errors import EqualityError
 from lightning_prune.running import call_model, evaluation, map_tensors, output_tensors
+
+if TYPE_CHECKING:
+    from lightning_prune.channels.fold import Fold
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PERIOD = 10_007  # prime, so that rows of a tiled matrix differ
@@ -115,7 +118,13 @@ def check_inputs(example_inputs: Any, dtype: torch.dtype, seed: int) -> Any:
 
 
 def compare(
-    model: nn.Module, plan: RemovalPlan, example_inputs: Any, *, precision: torch.dtype = torch.float64, seed: int = 0
+    model: nn.Module,
+    plan: RemovalPlan,
+    example_inputs: Any,
+    *,
+    precision: torch.dtype = torch.float64,
+    seed: int = 0,
+    fold: "Fold | None" = None,
 ) -> Equality:
     """Compare the masked parent with the compact child on random weights.
 
@@ -128,6 +137,7 @@ def compare(
         example_inputs: As for :func:`trace_channels`.
         precision: ``torch.float64``, or ``torch.float32``, which is also used where the forward code insists on it.
         seed: Of the weights.
+        fold: Constants that are folded; the parent then has constants in these channels instead of zeros.
 
     Raises:
         EqualityError: The child cannot run, outputs differ in number or shape, or all outputs are 0.
@@ -135,14 +145,21 @@ def compare(
     tensors = random_tensors(model, precision, seed)
     inputs = check_inputs(example_inputs, precision, seed)
     small = {name: take(tensors[name], axes) for name, axes in plan.keep.items()}  # before the parent is silenced
-    silence_(plan, tensors)
+    if fold is None:
+        silence_(plan, tensors)
+    else:
+        fold.hold_(tensors)
+        fold.silence_(tensors)
     try:
-        parent = _parent(model, plan, tensors, inputs, precision)
+        with nullcontext() if fold is None else fold.watching(model):
+            parent = _parent(model, plan, tensors, inputs, precision)
     except RuntimeError as error:
         if precision == torch.float32 or not any(w in str(error) for w in ("dtype", "Double", "double")):
             raise
         # the forward code asks for single precision by name
-        return compare(model, plan, example_inputs, precision=torch.float32, seed=seed)
+        return compare(model, plan, example_inputs, precision=torch.float32, seed=seed, fold=fold)
+    if fold is not None:
+        small.update(fold.added(model, tensors, small))
     child, blind = _child(model, plan, {**tensors, **small}, inputs, precision)
     return Equality(_error(parent, child), precision, blind)
 
