@@ -179,7 +179,8 @@ def load_compact_checkpoint(
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
-        raise MaskMismatchError(f"{path} does not fit: {error}. Give a fresh module of its class.") from error
+        said = " ".join(str(error).split()).rstrip(". ")
+        raise MaskMismatchError(f"{path} does not fit: {said}. Give a fresh module of its class.") from error
     return module
 
 
@@ -206,7 +207,7 @@ def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
             f"{path} cannot be read without running code that is in it, or is damaged: {str(error).splitlines()[0]} "
             "Objects of your own in save_hyperparameters are the usual cause: leave them out (ignore=[...])."
         ) from error
-    except (RuntimeError, EOFError, BadZipFile, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, BadZipFile, ValueError, KeyError) as error:
         raise FileFormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise FileFormatError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
