@@ -13,6 +13,8 @@ from lightning_prune.channels.scores import (
     batch_norm_scales,
     combine,
     fetch,
+    gate_effect,
+    gates,
     score_batch_norm,
     score_geometric_median,
     score_norms,
@@ -54,59 +56,45 @@ def without_scale(graph: ChannelGraph) -> list[ChannelGroup]:
 
 
 class TaylorAverage:
-    """Averages the first-order effect of each channel on the loss over optimizer steps.
+    """Averages the squared first-order effect of each channel on the loss over optimizer steps.
 
-    Of one step, for one layer that makes the channel: ``(sum_s g_s * w_s)**2`` over the weights ``w`` of its filter
-    with gradients ``g``: the squared change of the loss, to first order, when the filter leaves. Averaged over steps;
-    several layers of one channel are combined by ``reduction``.
+    Of one step: the square of the loss's derivative by a factor on the channel, ``(sum of weight * gradient)**2`` over
+    the affine map where the factor acts (:func:`gates`), which equals ``(sum of activation * gradient)**2`` there.
 
-    Paper: Molchanov et al. 2019, arXiv:1906.10771, section 3.1, the joint first-order importance of a set of
-    parameters, averaged over mini-batches. Deviation: with gradient accumulation or several processes the gradient is
-    the mean over all that enters a step, so the square is taken of that mean.
+    Paper: Molchanov et al. 2019, arXiv:1906.10771, first-order importance of gates, averaged over mini-batches.
+    Deviations: with gradient accumulation or several processes the gradient is the mean over all that enters a step,
+    so the square is taken of that mean; several gates on one channel are combined by ``reduction``.
 
     Args:
         model: The traced model.
         groups: Its groups.
-        reduction: How several layers that make one channel are combined: ``"mean"`` or ``"max"``.
+        reduction: ``"mean"`` or ``"max"``.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], reduction: Reduction = "mean") -> None:
-        self._reduction = reduction
-        self._groups = {group.name: list(group.makers) for group in groups}
-        self._places = {
-            (group.name, name, axis): torch.from_numpy(group.positions(name, axis))
-            for group in groups
-            for name, axis in group.makers
-        }
-        self._weights = {name: fetch(model, name) for _, name, _ in self._places}
-        self._sums: dict[tuple[str, str, int], Tensor] = {}
-        self._steps: dict[str, int] = dict.fromkeys(self._weights, 0)
+        self._model, self._reduction = model, reduction
+        self._groups = {group.name: (group, gates(group, model)) for group in groups}
+        self._sums: dict[tuple[str, str], Tensor] = {}
+        self._steps: dict[tuple[str, str], int] = {}
 
     @torch.no_grad()
     def add(self, parameters: Iterable[nn.Parameter], scale: float = 1.0) -> None:
         """Take a step's gradients. A step whose gradients are not finite, which a scaler skips, does not count.
 
         Args:
-            parameters: What this step moves; weights that are not among them, or have no gradient, are passed over.
+            parameters: What this step moves; gates that are not among them, or have no gradient, are passed over.
             scale: What the gradients were multiplied with (mixed precision).
         """
-        moved = {id(p) for p in parameters}
-        effects: dict[tuple[str, int], Tensor] = {}
-        for key, places in self._places.items():
-            _, name, axis = key
-            weight = self._weights[name]
-            if weight.grad is None or id(weight) not in moved:
-                continue
-            if (name, axis) not in effects:
-                others = [a for a in range(weight.dim()) if a != axis]
-                product = weight * weight.grad
-                effects[name, axis] = (product.sum(others) if others else product).double().cpu() / scale
-            effect = effects[name, axis][places].sum(dim=1) ** 2
-            if bool(torch.isfinite(effect).all()):
-                self._sums[key] = self._sums[key] + effect if key in self._sums else effect
-        for name, _ in effects:
-            if all(bool(torch.isfinite(e).all()) for (other, _), e in effects.items() if other == name):
-                self._steps[name] += 1
+        moved = {id(p) for p in parameters if p.grad is not None}
+        for group, found in self._groups.values():
+            for gate in found:
+                if id(fetch(self._model, gate[0][0])) not in moved:
+                    continue
+                effect = (gate_effect(gate, group, self._model) / scale) ** 2
+                if bool(torch.isfinite(effect).all()):
+                    key = (group.name, gate[0][0])
+                    self._sums[key] = self._sums[key] + effect if key in self._sums else effect
+                    self._steps[key] = self._steps.get(key, 0) + 1
 
     def scores(self) -> dict[str, Tensor]:
         """The average by group.
@@ -114,21 +102,21 @@ class TaylorAverage:
         Raises:
             ConfigError: A group of which no gradient was seen.
         """
-        found = {}
-        for group, makers in self._groups.items():
-            seen = [(group, *maker) for maker in makers if (group, *maker) in self._sums]
+        scores = {}
+        for name, (_, found) in self._groups.items():
+            seen = [key for gate in found if (key := (name, gate[0][0])) in self._sums]
             if not seen:
                 raise ConfigError(
-                    f"criterion 'taylor': no gradient of {makers[0][0]} was seen before the cut. Frozen layers: "
+                    f"criterion 'taylor': no gradient of {found[0][0][0]} was seen before the cut. Frozen layers: "
                     "leave their channels out with exclude. Manual optimisation: step the optimizers of "
                     "self.optimizers(), so that on_before_optimizer_step is reached."
                 )
-            found[group] = combine([self._sums[key] / self._steps[key[1]] for key in seen], self._reduction)
-        return found
+            scores[name] = combine([self._sums[key] / self._steps[key] for key in seen], self._reduction)
+        return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and counts, as lists, integers and tensors."""
-        return {"sums": [[*key, value] for key, value in self._sums.items()], "steps": dict(self._steps)}
+        """Sums and counts, as lists of names, integers and tensors."""
+        return {"sums": [[*key, self._steps[key], value] for key, value in self._sums.items()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the sums of a checkpoint.
@@ -136,13 +124,15 @@ class TaylorAverage:
         Raises:
             ResumeError: They are of another network.
         """
-        sums = {(group, name, axis): value for group, name, axis, value in state["sums"]}
-        if not sums.keys() <= self._places.keys():
+        known = {(name, gate[0][0]) for name, (_, found) in self._groups.items() for gate in found}
+        saved = {(group, gate): (steps, value) for group, gate, steps, value in state["sums"]}
+        if odd := sorted(saved.keys() - known):
             raise ResumeError(
-                f"the checkpoint's Taylor scores name {sorted(sums.keys() - self._places.keys())[0]}, which this "
-                "network does not have. Resume with the same network."
+                f"the checkpoint's Taylor scores name {odd[0][1]} of group {odd[0][0]}, which this network does not "
+                "have. Resume with the same network."
             )
-        self._sums, self._steps = sums, dict(state["steps"])
+        self._sums = {key: value for key, (_, value) in saved.items()}
+        self._steps = {key: steps for key, (steps, _) in saved.items()}
 
 
 def check_criterion(criterion: Any, reduction: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_prune.channels.groups import ChannelGroup
 from lightning_prune.errors import ConfigError
@@ -142,34 +142,73 @@ def score_batch_norm(group: ChannelGroup, model: nn.Module, reduction: Reduction
     return combine(scales, reduction)
 
 
-def score_taylor(group: ChannelGroup, model: nn.Module) -> Tensor:
-    """Score channels by the first-order change of the loss when they leave: ``(sum of gradient * weight)**2``.
+Gate = tuple[tuple[str, int], ...]
 
-    Uses the ``.grad`` that is there, so a backward pass must have run. The sum is over the weights that make the
-    channel.
 
-    Paper: Molchanov et al. 2019, arXiv:1906.10771, section 3.1 (the form over all weights of a filter). Deviation: the
-    sum runs over all layers of the group.
+def gates(group: ChannelGroup, model: nn.Module) -> list[Gate]:
+    """Where a factor on each channel would act: the (name, axis) pairs of the affine maps that it would multiply.
+
+    After a normalisation with a scale these are its scale and shift; the weights before it have no say, since a loss
+    does not depend on their length. Without one they are weight and bias of each layer that makes the channel.
+    """
+    members = {name for name, _, _ in group.members}
+
+    def with_shift(name: str, axis: int) -> Gate:
+        shift = f"{name.rpartition('.')[0]}.bias".removeprefix(".")
+        return ((name, axis), (shift, 0)) if shift in members and shift != name else ((name, axis),)
+
+    scales = []
+    for name, axis, _ in group.members:
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(model.get_submodule(owner), _NormBase | nn.GroupNorm):
+            scales.append((name, axis))
+    return [with_shift(name, axis) for name, axis in scales or group.makers]
+
+
+def gate_effect(gate: Gate, group: ChannelGroup, model: nn.Module) -> Tensor:
+    """The derivative of the loss by a factor on each channel, at 1: ``sum of weight * gradient`` over a gate.
+
+    It equals the sum over all inputs and places of ``activation * gradient`` where the gate acts.
+
+    Shape:
+        Returns (group.size,), float64 on the CPU.
+    """
+    total = torch.zeros(group.size, dtype=torch.float64)
+    for name, axis in gate:
+        tensor = fetch(model, name)
+        if tensor.grad is None:
+            continue  # a shift that is not trained
+        others = [a for a in range(tensor.dim()) if a != axis]
+        product = tensor.detach() * tensor.grad
+        sums = (product.sum(others) if others else product).double().cpu()
+        total += sums[torch.from_numpy(group.positions(name, axis))].sum(dim=1)
+    return total
+
+
+def score_taylor(group: ChannelGroup, model: nn.Module, reduction: Reduction = "mean") -> Tensor:
+    """Score channels by the squared first-order change of the loss when they leave, from the gradients that are there.
+
+    Paper: Molchanov et al. 2019, arXiv:1906.10771: a gate of value 1 on the channel, after a batch normalisation where
+    there is one; importance is the squared product of gate and gradient. Deviation: a channel with several gates (a
+    residual stage) is scored by ``reduction`` over them.
 
     Args:
         group: The group.
-        model: The model, with gradients.
+        model: The model, with gradients of one backward pass.
+        reduction: How several gates are combined.
 
     Shape:
         Returns (group.size,), float64 on the CPU.
 
     Raises:
-        ConfigError: A weight of the group has no gradient.
+        ConfigError: No gate of the group has a gradient.
     """
-    total = torch.zeros(group.size, dtype=torch.float64)
-    for name, axis in group.makers:
-        tensor = fetch(model, name)
-        if tensor.grad is None:
-            raise ConfigError(f"{name} has no gradient, which Taylor scores need: run a backward pass first.")
-        positions = torch.from_numpy(group.positions(name, axis))
-        rows = _per_channel(tensor.detach() * tensor.grad, axis, positions)
-        total += rows.double().sum(dim=1).cpu()
-    return total**2
+    seen = [gate for gate in gates(group, model) if fetch(model, gate[0][0]).grad is not None]
+    if not seen:
+        raise ConfigError(
+            f"{gates(group, model)[0][0][0]} has no gradient, which Taylor scores need: run a backward pass first."
+        )
+    return combine([gate_effect(gate, group, model) ** 2 for gate in seen], reduction)
 
 
 def resolve(scores: ChannelScores | None, group: ChannelGroup, model: nn.Module) -> Tensor:

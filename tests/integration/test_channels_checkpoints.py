@@ -74,7 +74,9 @@ def test_a_fresh_module_takes_a_compact_checkpoint(run: tuple[pl.Trainer, Wide, 
     fitted, module, folder = run
     path = fitted.checkpoint_callback.best_model_path if which == "best" else folder / which
     fresh = Wide()
-    saver = ModelCheckpoint(folder / "ckpt", monitor="val_acc", mode="max")  # Lightning asks for every callback of the checkpoint
+    saver = ModelCheckpoint(
+        folder / "ckpt", monitor="val_acc", mode="max"
+    )  # Lightning asks for every callback of the checkpoint
     evaluated = trainer(folder / "test", [pruner(at=["1ep", "2ep"]), saver], enable_checkpointing=True)
     result = getattr(evaluated, stage)(fresh, loaders()[1], ckpt_path=path)
     assert widths(fresh) == [8, 8, 3]
