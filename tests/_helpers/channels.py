@@ -55,9 +55,14 @@ def widths(module: nn.Module) -> list[int]:
 
 
 class Watch(pl.Callback):
-    """Notes the widths of every step, the cuts, and that every live parameter is in the optimizer and moves."""
+    """Notes the widths of every step and the cuts; sees that the optimizer holds every live parameter.
 
-    def __init__(self) -> None:
+    Args:
+        moving: See too that every weight moves in every step (shifts before a BatchNorm have no gradient to speak of).
+    """
+
+    def __init__(self, moving: bool = True) -> None:
+        self.moving = moving
         self.steps: list[list[int]] = []
         self.events: list[Any] = []
         self.values: list[Tensor] = []
@@ -72,8 +77,8 @@ class Watch(pl.Callback):
             for p, state in optimizer.state.items():
                 for value in state.values():
                     assert not isinstance(value, Tensor) or value.dim() == 0 or value.shape == p.shape
-        values = [p.detach().clone() for p in pl_module.parameters()]
-        if self.values and [v.shape for v in values] == [v.shape for v in self.values]:
+        values = [p.detach().clone() for p in pl_module.parameters() if p.dim() > 1]
+        if self.moving and self.values and [v.shape for v in values] == [v.shape for v in self.values]:
             assert all(not torch.equal(a, b) for a, b in zip(values, self.values, strict=True))
         self.values = values
 
