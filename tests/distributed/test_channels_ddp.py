@@ -1,0 +1,93 @@
+"""Channels that leave under DDP, on two processes: the same cut everywhere, and training goes on in step."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_prune import load_compact, load_compact_checkpoint
+from tests._helpers.channels import Watch, pruner, wide_network, widths
+from tests._helpers.models import ToyModule, loaders, trainer
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.distributed
+
+
+Found = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Every fit of ``ddp_worker`` on two processes: what each of them saw."""
+    folder, jobs = tmp_path_factory.mktemp("ddp"), ("equal", "rewound", "resumed", "failing")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    workers = []
+    for rank in range(2):
+        env = os.environ | {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
+            "GROUP_RANK": "0", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "tests.distributed.ddp_worker", str(folder), *jobs]
+        workers.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    try:
+        outputs = [worker.communicate(timeout=200)[0].decode() for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output[-3000:]
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return {job: [result[job] for result in results] for job in jobs}
+
+
+def test_two_processes_equal_one(found: Found, tmp_path: Path) -> None:
+    """Half of each batch on each, two cuts: the same cuts and, but for the order of sums, the same weights."""
+    first, second = found["equal"]
+    assert first["weights"] == second["weights"]
+    assert first["digests"] == second["digests"]
+    assert first["widths"] == [8, 8, 3]
+    assert first["steps"] == [7, 12]
+    assert first["wrappers"] == 3
+    net = wide_network()
+    net[1] = net[5] = torch.nn.Identity()
+    module, watch = ToyModule(net), Watch(moving=False)
+    trainer(tmp_path, [pruner(at=["7st", "1ep"]), watch], max_epochs=2).fit(module, *loaders())
+    assert [event.plan.digest() for event in watch.events] == first["digests"]
+    for one, other in zip(module.parameters(), first["weights"], strict=True):
+        torch.testing.assert_close(one.detach().flatten(), torch.tensor(other), rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_equals_one_that_was_not_interrupted(found: Found) -> None:
+    """Taylor scores, the schedule begun again, resumed after the first cut."""
+    full, resumed = found["rewound"], found["resumed"]
+    assert full[0]["weights"] == full[1]["weights"]
+    assert full[0]["widths"] == [8, 8, 3]
+    assert full[0]["steps"] == [3, 3 + 24]
+    assert all(total > 0 for total in full[0]["gradients"])
+    assert resumed[0]["steps"] == full[0]["steps"][1:]
+    assert resumed[0]["weights"] == resumed[1]["weights"] == full[0]["weights"]
+
+
+def test_files_of_a_run_on_two_processes(found: Found) -> None:
+    folder = Path(found["rewound"][0]["folder"])
+    assert widths(load_compact(wide_network(), folder / "compact.safetensors")) == [8, 8, 3]
+    last = max((folder.parents[1] / "ckpt").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    loaded = load_compact_checkpoint(ToyModule(wide_network()), last)
+    assert widths(loaded) == [8, 8, 3]
+    for one, other in zip(loaded.parameters(), found["rewound"][0]["weights"], strict=True):
+        assert one.numel() == len(other)
+
+
+def test_where_one_process_fails_all_stop(found: Found) -> None:
+    first, second = found["failing"]
+    assert second["error"] == "ValueError: this process cannot score"
+    assert first["error"] == "PruneError: process 1 failed: this process cannot score"
