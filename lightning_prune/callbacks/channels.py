@@ -149,7 +149,8 @@ class ChannelPruner(RoundPruner):
             raise ConfigError(f"scope={scope!r} is unknown; choose 'layer' or 'global'.")
         if isinstance(exclude, str):
             raise ConfigError(f"exclude={exclude!r}: expected a list of names; write exclude=[{exclude!r}].")
-        for name, value in (("min_channels", min_channels), ("taylor_steps", taylor_steps)):
+        whole = [("min_channels", min_channels), ("taylor_steps", taylor_steps)]
+        for name, value in [*whole, *([("round_to", round_to)] if isinstance(round_to, int) else [])]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least 1.")
         self.criterion, self.scope, self.reduction = criterion, scope, reduction

@@ -92,7 +92,7 @@ class RoundSchedule:
                 "Set Trainer(max_epochs=...) or Trainer(max_steps=...), or round_length='10ep'."
             )
         self._steps_per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-        self.total_steps = 0 if math.isinf(total) else int(total)
+        self.total_steps = 0 if math.isinf(total) else max(0, int(total))  # -1 is Lightning's "no limit"
         self.epochs = None if fit_loop.max_epochs in (-1, None) else fit_loop.max_epochs
         self._steps = None if epoch_loop.max_steps == -1 else epoch_loop.max_steps
         if (
