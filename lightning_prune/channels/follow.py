@@ -6,18 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_prune.channels.attention import replaced
-from lightning_prune.channels.groups import make_groups
 from lightning_prune.channels.labels import FIXED, Labels
 from lightning_prune.channels.recording import Op, Recording, record
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
-from lightning_prune.errors import PruneError
+from lightning_prune.channels.trace import ChannelGraph, propagate
 
 if TYPE_CHECKING:
     from lightning_prune.channels.plan import RemovalPlan
-    from lightning_prune.channels.trace import ChannelGraph
 
-MAX_TRIALS = 12
-MAX_FITS = 24
 # Whether memory must be copied depends on sizes (of a single head, never): these ops are not held against each other.
 _COPIES = {"clone", "contiguous"}
 _VIEWS = {"view", "_unsafe_view", "_reshape_alias", "reshape"}
@@ -43,7 +39,7 @@ class Outcome:
 class _ChildLabels(Labels):
     """Labels of a compact model: its axes carry the labels that its parent's had, and whatever meets must agree."""
 
-    def __init__(self, graph: "ChannelGraph", plan: "RemovalPlan") -> None:
+    def __init__(self, graph: ChannelGraph, plan: "RemovalPlan") -> None:
         given: dict[str, list[np.ndarray]] = {}
         self.slot_of = np.full(graph.labels.count, -1)
         self.parent = graph.labels
@@ -119,7 +115,7 @@ class _ChildLabels(Labels):
         return True
 
 
-def run_child(graph: "ChannelGraph", plan: "RemovalPlan") -> tuple[Recording, str | None]:
+def run_child(graph: ChannelGraph, plan: "RemovalPlan") -> tuple[Recording, str | None]:
     """Record the model as the plan would leave it, with its own values. The model is as it was afterwards.
 
     Returns:
@@ -139,7 +135,7 @@ def run_child(graph: "ChannelGraph", plan: "RemovalPlan") -> tuple[Recording, st
     return recording, None
 
 
-def examine(graph: "ChannelGraph", plan: "RemovalPlan", stays: np.ndarray) -> Outcome:
+def examine(graph: ChannelGraph, plan: "RemovalPlan", stays: np.ndarray) -> Outcome:
     """Run the compact model and hold each of its operations against the parent's.
 
     Args:
@@ -147,8 +143,6 @@ def examine(graph: "ChannelGraph", plan: "RemovalPlan", stays: np.ndarray) -> Ou
         plan: What leaves.
         stays: Whether each label stays.
     """
-    from lightning_prune.channels.trace import propagate
-
     parent = graph.recordings[0]
     child, error = run_child(graph, plan)
     outcome = Outcome()
@@ -197,57 +191,10 @@ def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) ->
     return ""
 
 
-def fit_shuffled(
-    graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndarray]
+def attempt(
+    graph: ChannelGraph, widths: np.ndarray, values: list[np.ndarray]
 ) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
-    """Adjust bound widths to what the compact model's own wiring makes of them.
-
-    Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. Where
-    the
-    given widths do not come out, the compact model is traced as a network of its own: its groups have the same keys as
-    the parent's, and their sizes are the widths that fit. Where the parent has too few channels of a kind, the next
-    narrower width is tried.
-
-    Args:
-        graph: The traced parent.
-        widths: Channels kept of each group, as the budget would have it.
-        values: Scores of each group's channels.
-
-    Returns:
-        The components that stay, the plan, and how the compact model follows it (not at all, if nothing fits).
-    """
-    from lightning_prune.channels.budget import LEVELS, Family, families
-
-    bound = [Family(graph, members, 1) for members in families(graph)]
-    levels = [LEVELS] * len(bound)
-    widths = widths.copy()
-    kept, plan, outcome = _attempt(graph, widths, values)
-    for _ in range(MAX_FITS):
-        if outcome.index is None:
-            break
-        found, unfit = _settle(graph, outcome, widths)
-        if not unfit:
-            if (found == widths).all():
-                break
-            kept, plan, outcome = _attempt(graph, found, values)
-            if outcome.index is None:
-                break
-            unfit = {g for g, group in enumerate(graph.groups) if group.tied and widths[g] < group.size}
-        for number, family in enumerate(bound):
-            if not unfit & set(family.members.tolist()):
-                continue
-            now = widths[family.members].sum()
-            while levels[number] > 1 and family.state(levels[number]).sum() >= now:
-                levels[number] -= 1
-            narrower = family.state(levels[number])
-            widths[family.members] = narrower if narrower.sum() < now else family.state(LEVELS)
-        kept, plan, outcome = _attempt(graph, widths, values)
-    return kept, plan, outcome
-
-
-def _attempt(
-    graph: "ChannelGraph", widths: np.ndarray, values: list[np.ndarray]
-) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
+    """Plan these widths, and see whether the compact model follows: components that stay, the plan, the outcome."""
     from lightning_prune.channels.plan import choose, make_plan
 
     kept = choose(graph, values, widths)
@@ -255,162 +202,3 @@ def _attempt(
     stays = kept[graph.grouping.component]
     stays[FIXED] = True
     return kept, plan, examine(graph, plan, stays)
-
-
-def _settle(graph: "ChannelGraph", outcome: Outcome, widths: np.ndarray) -> tuple[np.ndarray, set[int]]:
-    """Widths by the compact model's own groups, and the numbers of groups of which the parent has too few."""
-    from lightning_prune.channels.trace import propagate
-
-    if outcome.child is None:
-        return widths, set()
-    for op in outcome.child.ops:
-        for value in [*op.tensors(), *op.outs]:
-            value.factors = None
-    labels = Labels(approximate=graph.labels.approximate, trusted=graph.labels.trusted)
-    groups = {group.key: group for group in make_groups(propagate([outcome.child], labels)).groups}
-    found, unfit = widths.copy(), set()
-    owners: dict[tuple[str, int], int] = {}
-    for number, group in enumerate(graph.groups):
-        if not group.tied:
-            continue
-        own = groups.pop(group.key, None)
-        found[number] = 0 if own is None else min(own.size, group.size)
-        if own is not None and own.size > group.size:
-            unfit.add(number)
-        owners.update({(name, axis): number for name, axis, _ in group.members})
-    for group in groups.values():  # kinds of channels that the parent does not have
-        unfit |= {owners[name, axis] for name, axis, _ in group.members if (name, axis) in owners and group.tied}
-    return found, unfit
-
-
-def followed(graph: "ChannelGraph", plan: "RemovalPlan", kept: np.ndarray) -> bool:
-    """Whether the forward code follows a plan; where it does not, the channels there are frozen.
-
-    Trials cannot show every bond: code may take the size of one group from another whose trial width was the same.
-    """
-    stays = kept[graph.grouping.component]
-    stays[FIXED] = True
-    outcome = examine(graph, plan, stays)
-    if outcome.index is None:
-        return True
-    _freeze_at(graph, graph.recordings[0].ops[outcome.index], outcome.why, everything=False)
-    graph.grouping = make_groups(graph.labels)
-    return False
-
-
-def freeze_fixed_sizes(graph: "ChannelGraph") -> None:
-    """Freeze channels whose sizes the forward code holds fixed, found by trying to remove half of them.
-
-    Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or
-    takes another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
-    """
-    passed = 0
-    for trial in range(MAX_TRIALS):
-        widths = _trial(graph, uneven=passed == 1)
-        if widths is None:
-            if passed:
-                return
-            passed = 1
-            continue
-        blank = [np.zeros(group.size) for group in graph.groups]
-        try:
-            if graph.labels.reordered and any(group.tied for group in graph.groups):
-                outcome = fit_shuffled(graph, widths, blank)[2]
-            else:
-                outcome = _attempt(graph, widths, blank)[2]
-        except PruneError as error:
-            outcome = Outcome(0, str(error))
-        if outcome.index is None:
-            passed += 1
-            if passed == 2:
-                return
-            continue
-        passed = 0
-        op = graph.recordings[0].ops[outcome.index]
-        _freeze_at(graph, op, outcome.why, everything=trial >= MAX_TRIALS - 2)
-        graph.grouping = make_groups(graph.labels)
-
-
-def _trial(graph: "ChannelGraph", uneven: bool) -> np.ndarray | None:
-    """Widths when every group that passes a spelled-out size loses channels; None if there is nothing to try.
-
-    Args:
-        graph: The traced model.
-        uneven: Whether groups lose different fractions: code may take the size of one from another. Bound widths then
-            stay as they are.
-    """
-    from lightning_prune.channels.budget import LEVELS, Family, families
-
-    grouping = graph.grouping
-    touched: set[int] = set()
-    for array, _ in graph.labels.suspects:
-        numbers = grouping.group_of[grouping.component[array[array != FIXED]]]
-        touched.update(np.unique(numbers[numbers >= 0]).tolist())
-    free = sorted(g for g in touched if not graph.groups[g].tied)
-    if uneven:  # every group: a size that is spelled out for frozen channels may come from any of them
-        free = [g for g, group in enumerate(graph.groups) if not group.tied and group.size > 1]
-        alike: dict[int, int] = {}
-        widths = {}
-        for g in free:  # groups of one size get different widths, in turn
-            size = graph.groups[g].size
-            alike[size] = alike.get(size, 0) + max(1, (size - 1) // 3)
-            widths[g] = 1 + alike[size] % max(1, size - 1)
-        return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)]) if len(free) else None
-    widths = {g: max(1, graph.groups[g].size // 2) for g in free}
-    for members in families(graph):
-        if touched & set(members):
-            family = Family(graph, members, 1)
-            widths.update(zip(members, family.state(LEVELS // 2).tolist(), strict=True))
-    if all(n == graph.groups[g].size for g, n in widths.items()):
-        return None
-    return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)])
-
-
-def _met_in(graph: "ChannelGraph", module: str) -> set[int]:
-    """Removable components that the operations of a module meet."""
-    grouping, found = graph.grouping, set()
-    for op in graph.recordings[0].ops:
-        if op.module != module:
-            continue
-        for value in [*op.tensors(), *op.outs]:
-            for factor in value.factors or []:
-                found.update(np.unique(grouping.component[factor[factor != FIXED]]).tolist())
-    return {int(c) for c in found if grouping.removable[c]}
-
-
-def _freeze_at(graph: "ChannelGraph", op: Op, why: str, everything: bool) -> None:
-    """Freeze what an operation that did not follow touches; likewise in every other module of that kind."""
-    labels, grouping = graph.labels, graph.grouping
-    modules = dict(graph.model.named_modules())
-    kind = type(modules.get(op.module))
-    near = set()
-    for value in [*op.tensors(), *op.outs]:
-        for factor in value.factors or []:
-            near.update(np.unique(grouping.component[factor[factor != FIXED]]).tolist())
-    near = {c for c in near if grouping.removable[c]}
-    live: list[tuple[np.ndarray, set[int], Op]] = []
-    places: list[tuple[type, int]] = []
-    counts: dict[str, int] = {}
-    for array, suspect in labels.suspects:
-        place = (type(modules.get(suspect.module)), counts.setdefault(suspect.module, 0))
-        counts[suspect.module] += 1
-        comps = grouping.component[array[array != FIXED]]
-        if grouping.removable[comps].any():
-            live.append((array, set(np.unique(comps).tolist()), suspect))
-            places.append(place)
-    # The spelled-out sizes next to the failure and their like in other modules of the kind; else all in the kind.
-    hits = {place for place, (_, comps, _) in zip(places, live, strict=True) if near & comps}
-    hit = [array for place, (array, _, _) in zip(places, live, strict=True) if place in hits or everything]
-    if not hit and op.module:
-        hit = [array for array, _, suspect in live if type(modules.get(suspect.module)) is kind]
-    reason = f"the forward code holds its size fixed ({why[:160]})"
-    labels.op = op
-    if not hit and near:
-        hit = [np.flatnonzero(np.isin(grouping.component, list(near)))]
-    if not hit:  # sizes of channels that stay were taken from channels that leave: from some that this module meets
-        touched = _met_in(graph, op.module)
-        hit = [np.flatnonzero(np.isin(grouping.component, list(touched)))] if touched else []
-    if not hit:  # nothing of what was tried is near: none of it can be trusted
-        hit = [array for array, _ in labels.suspects]
-    labels.freeze(hit, reason)
-    labels.op = None

@@ -172,7 +172,7 @@ def _plan(
     kept = choose(graph, values, widths)
     plan = make_plan(graph, kept, costs)
     if graph.labels.suspects:
-        from lightning_prune.channels.follow import followed
+        from lightning_prune.channels.fixed_sizes import followed
 
         groups = len(graph.groups)
         if not followed(graph, plan, kept) and len(graph.groups) < groups:  # what is left is planned anew
@@ -182,7 +182,7 @@ def _plan(
 
 def _shuffled_plan(graph: ChannelGraph, widths: np.ndarray, values: list[np.ndarray]) -> RemovalPlan:
     """Where channels are shuffled, give every axis that reads them the order in which they arrive."""
-    from lightning_prune.channels.follow import fit_shuffled
+    from lightning_prune.channels.shuffles import fit_shuffled
 
     _, plan, outcome = fit_shuffled(graph, widths, values)
     if outcome.index is not None:

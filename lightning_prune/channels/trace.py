@@ -233,7 +233,7 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict
     graph.replaced = kinds
     graph.operations = sum(len(r.ops) for r in recordings)
     if graph.labels.suspects:
-        from lightning_prune.channels.follow import freeze_fixed_sizes
+        from lightning_prune.channels.fixed_sizes import freeze_fixed_sizes
 
         freeze_fixed_sizes(graph)
     return graph
