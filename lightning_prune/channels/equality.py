@@ -161,7 +161,7 @@ def compare(
     if fold is not None:
         small.update(fold.added(model, tensors, small))
     child, blind = _child(model, plan, {**tensors, **small}, inputs, precision)
-    return Equality(_error(parent, child), precision, blind)
+    return Equality(relative_error(parent, child), precision, blind)
 
 
 def _parent(
@@ -199,12 +199,17 @@ def _child(
                     outputs = output_tensors(call_model(model, map_tensors(torch.clone, inputs)))
             except Exception as error:
                 raise EqualityError(f"the compact model cannot run ({type(error).__name__}: {error}).") from error
-            return outputs, _blind(outputs, watched)
+            return outputs, blind_parameters(outputs, watched)
     finally:
         set_attributes(model, before)
 
 
-def _error(parent: list[Tensor], child: list[Tensor]) -> float:
+def relative_error(parent: list[Tensor], child: list[Tensor]) -> float:
+    """The largest difference of an output over the largest magnitude of that output.
+
+    Raises:
+        EqualityError: Outputs differ in number or shape, are not finite, or are all 0.
+    """
     if len(parent) != len(child):
         raise EqualityError(f"the parent returns {len(parent)} tensors, the compact model {len(child)}.")
     worst, largest = 0.0, 0.0
@@ -229,7 +234,7 @@ def _error(parent: list[Tensor], child: list[Tensor]) -> float:
 
 
 @torch.enable_grad()
-def _blind(outputs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
+def blind_parameters(outputs: list[Tensor], parameters: Mapping[str, Tensor]) -> list[str]:
     """Names of parameters on which no output depends."""
     generator = torch.Generator().manual_seed(1)
     total = None

@@ -173,7 +173,6 @@ def _touched(component: np.ndarray, arrays: Iterable[np.ndarray]) -> np.ndarray:
 def make_groups(labels: Labels) -> Grouping:
     """Sort all labels into channel groups and frozen axes."""
     component = components(labels)
-    count = int(component.max()) + 1
     why, reasons = _reasons(labels, component)
     # What nothing was seen to read may be read where nobody looks: through NumPy, or a list of numbers.
     removable = _touched(component, labels.issued) & _touched(component, labels.consuming) & (why < 0)
@@ -182,10 +181,7 @@ def make_groups(labels: Labels) -> Grouping:
     for c, op in _freeze_unbalanced(rows_list, removable).items():
         why[c] = len(reasons)
         reasons.append(("other channels that must stay equally many cannot leave", op))
-    slot_of = _slot_of(labels)
-    random = np.random.default_rng(0)
-    slot_keys = random.integers(1, 2**63, size=len(labels.slots) + 1, dtype=np.uint64)
-    hashes = _hashes(component, np.where(slot_of >= 0, slot_keys[slot_of], 0).astype(np.uint64), count)
+    slot_of, hashes = _hashed_by_slots(labels, component)
     rows_list = [entry for entry in rows_list if ((entry[0] >= 0) & removable[entry[0]]).any()]
     for rows, _, number in rows_list:
         row_keys = np.random.default_rng(number).integers(1, 2**63, size=len(rows), dtype=np.uint64)
@@ -195,6 +191,24 @@ def make_groups(labels: Labels) -> Grouping:
     balances = _balances(rows_list, removable, group_of, groups)
     frozen = _frozen_axes(labels, component, removable, why, reasons)
     return Grouping(component, removable, groups, frozen, balances, group_of)
+
+
+def frozen_groups(labels: Labels, grouping: Grouping) -> list[ChannelGroup]:
+    """Channels that may not leave, sorted like those that may: each of a group lies in the same axes."""
+    component = grouping.component
+    held = _touched(component, labels.issued) & ~grouping.removable
+    held[component[FIXED]] = False
+    slot_of, hashes = _hashed_by_slots(labels, component)
+    return _collect_groups(labels, component, held, hashes, slot_of)[0] if held.any() else []
+
+
+def _hashed_by_slots(labels: Labels, component: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The slot of each label, and for each component a number that says how often it lies in which slots."""
+    slot_of = _slot_of(labels)
+    random = np.random.default_rng(0)
+    slot_keys = random.integers(1, 2**63, size=len(labels.slots) + 1, dtype=np.uint64)
+    keys = np.where(slot_of >= 0, slot_keys[slot_of], 0).astype(np.uint64)
+    return slot_of, _hashes(component, keys, int(component.max()) + 1)
 
 
 def _collect_groups(

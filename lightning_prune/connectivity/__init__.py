@@ -1,7 +1,8 @@
 """Linear mode connectivity: interpolation between networks, error barriers, alignment by permutation symmetries."""
 
+from lightning_prune.connectivity.align import Alignment, align_states
 from lightning_prune.connectivity.batch_norm import recalibrate
 from lightning_prune.connectivity.error_rate import ErrorRate
 from lightning_prune.connectivity.line import LinearPath, linear_mode_connectivity
 
-__all__ = ["ErrorRate", "LinearPath", "linear_mode_connectivity", "recalibrate"]
+__all__ = ["Alignment", "ErrorRate", "LinearPath", "align_states", "linear_mode_connectivity", "recalibrate"]

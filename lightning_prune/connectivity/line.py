@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_prune.connectivity.align import Alignment, align_states, example_inputs_of
 from lightning_prune.connectivity.batch_norm import check_batches, recalibrate, tracked_norms
 from lightning_prune.connectivity.error_rate import ErrorRate
 from lightning_prune.connectivity.states import Line, Masks, check_masks, put_back
@@ -23,6 +24,7 @@ class LinearPath:
     Attributes:
         alphas: Places on the line, evenly spaced from 0 (``b``) to 1 (``a``), both included.
         errors: ``{split: one error for each place}``.
+        alignment: How ``b`` was permuted; None if it was not.
 
     Example:
         >>> path = LinearPath((0.0, 0.5, 1.0), {"test": (0.1, 0.4, 0.2)})
@@ -32,6 +34,7 @@ class LinearPath:
 
     alphas: tuple[float, ...]
     errors: Mapping[str, tuple[float, ...]]
+    alignment: Alignment | None = None
 
     @property
     def barriers(self) -> dict[str, float]:
@@ -75,6 +78,8 @@ def linear_mode_connectivity(
     batches: Iterable[Any] | None = None,
     masks: Masks | None = None,
     differing_masks: str = "error",
+    align: bool = False,
+    example_inputs: Any = None,
 ) -> LinearPath:
     """Measure the error along the line between two networks.
 
@@ -99,6 +104,8 @@ def linear_mode_connectivity(
             value, so that every point lies in the subnetwork.
         differing_masks: ``"error"`` refuses masks that differ; ``"union"``: points have the weights that either end
             has.
+        align: First permute the channels of ``b`` (and of its masks) to match those of ``a``: :func:`align_states`.
+        example_inputs: For ``align``: inputs to trace the network with. Default: its ``example_input_array``.
 
     Returns:
         Places, errors and barriers. Integer buffers of a point are those of its nearer end.
@@ -106,6 +113,7 @@ def linear_mode_connectivity(
     Raises:
         ConfigError: A state of another network, an unknown option, too few points, or an error that is no number.
         MaskMismatchError: Masks that differ or do not hold.
+        EqualityError: With ``align``: the permuted network does not compute what it did.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
@@ -128,13 +136,20 @@ def linear_mode_connectivity(
                 NoEffectWarning,
                 stacklevel=2,
             )
+    alignment = None
+    if align:
+        alignment = align_states(model, state_a, state_b, example_inputs_of(model, example_inputs))
+        state_b = alignment.state
+        if masks is not None:
+            of_a, of_b = masks if isinstance(masks, tuple) else (masks, masks)
+            masks = of_a, alignment.permute_masks(of_b)
     line = Line(model, state_a, state_b)
     check_masks(line, masks, differing_masks)
     alphas = tuple(index / (points - 1) for index in range(points))
     with put_back(model), torch.no_grad():
         found = _errors(line, alphas, error, batches if anew else None)
     splits = {split: tuple(at[split] for at in found) for split in found[0]}
-    return LinearPath(alphas, splits)
+    return LinearPath(alphas, splits, alignment)
 
 
 def _errors(
