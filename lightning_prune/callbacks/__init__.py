@@ -5,6 +5,7 @@ from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
 from lightning_prune.callbacks.plans import load_compact_checkpoint
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
+from lightning_prune.callbacks.slimming import SlimmingRegularizer
 from lightning_prune.callbacks.tickets import TicketWriter
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LRRewind",
     "Position",
     "PruneEvent",
+    "SlimmingRegularizer",
     "TicketWriter",
     "WeightRewind",
     "load_compact_checkpoint",

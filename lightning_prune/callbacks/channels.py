@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.callbacks.company import compare_ranks, decided_once, rewinding_point, together
 from lightning_prune.callbacks.events import PruneEvent
-from lightning_prune.callbacks.examples import find_module, given_inputs, inputs_of, samples, to_batch
+from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
 from lightning_prune.callbacks.plans import forget_plans, keep_plans, write_plans
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, check_strategy, remove
@@ -213,20 +213,12 @@ class ChannelPruner(RoundPruner):
         """Trace the network before anything is trained, so that what cannot work is refused now."""
         check_optimizers_of(trainer)
         self._name = find_module(pl_module, self.module)
-        self._inputs = self._inputs_without_batch(trainer, pl_module)
+        self._inputs = early_inputs(self.example_inputs, trainer, pl_module, self._target(pl_module))
         if self._inputs is not None:
             self._survey(trainer, pl_module)
 
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
         return bare(pl_module.get_submodule(self._name))
-
-    def _inputs_without_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-        inputs = given_inputs(self.example_inputs, trainer, pl_module)
-        if inputs is not None:
-            return inputs
-        with undisturbed(trainer.strategy.root_device):
-            batch = samples(trainer)
-            return None if batch is None else self._inputs_of(to_batch(batch, trainer, pl_module), pl_module)
 
     def _inputs_of(self, batch: Any, pl_module: pl.LightningModule) -> Any:
         return inputs_of(batch, self._target(pl_module))

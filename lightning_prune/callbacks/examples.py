@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_prune.errors import ConfigError
+from lightning_prune.resume import undisturbed
 from lightning_prune.running import map_tensors
 
 _SAMPLES = 2
@@ -59,6 +60,16 @@ def given_inputs(given: Any, trainer: pl.Trainer, pl_module: pl.LightningModule)
         if inputs is not None:
             return _to_device(inputs, trainer, pl_module)
     return None
+
+
+def early_inputs(given: Any, trainer: pl.Trainer, pl_module: pl.LightningModule, module: nn.Module) -> Any:
+    """Example inputs before the first batch: :func:`given_inputs`, else of :func:`samples`, else ``None``."""
+    inputs = given_inputs(given, trainer, pl_module)
+    if inputs is not None:
+        return inputs
+    with undisturbed(trainer.strategy.root_device):
+        batch = samples(trainer)
+        return None if batch is None else inputs_of(to_batch(batch, trainer, pl_module), module)
 
 
 def samples(trainer: pl.Trainer) -> Any:

@@ -66,6 +66,7 @@ PUBLIC = [
     "ResumeError",
     "RunRecord",
     "SelectionError",
+    "SlimmingRegularizer",
     "Ticket",
     "TicketWriter",
     "TraceError",
