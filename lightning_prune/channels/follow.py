@@ -54,6 +54,7 @@ class _ChildLabels(Labels):
             axes = given.setdefault(name, [])
             axes += [np.zeros(n, dtype=np.int64) for n in tensor.shape[len(axes) :]]
         super().__init__(given, graph.labels.approximate)
+        self.thinned = graph.labels.thinned
         self.component = graph.grouping.component.copy()
         self.component[FIXED] = -1
         self.removable = graph.grouping.removable

@@ -58,6 +58,7 @@ class Labels:
             every axis gets fresh labels.
         approximate: Whether channels may leave from what a normalisation averages over.
         trusted: Modules whose sizes are known to follow a removal although Python code spells them out.
+        thinned: Attention modules in which every head loses the same places, instead of heads that leave whole.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class Labels:
         given: dict[str, list[np.ndarray]] | None = None,
         approximate: bool = False,
         trusted: frozenset[str] = frozenset(),
+        thinned: frozenset[str] = frozenset(),
     ) -> None:
         self.given = given
         self.approximate = approximate
         self.trusted = trusted
+        self.thinned = thinned
         self.count = 1
         self.entries = 0
         self.slots: list[Slot] = []
@@ -76,6 +79,7 @@ class Labels:
         self.frozen: list[tuple[np.ndarray, str, Op | None]] = []
         self.issued: list[np.ndarray] = []
         self.consuming: list[np.ndarray] = []
+        self.silenced: list[np.ndarray] = []  # read by no weight: zero where they are made, if they leave
         self.balanced: list[tuple[np.ndarray, Op]] = []
         self.suspects: list[tuple[np.ndarray, Op]] = []
         self.products: list[Product] = []
@@ -137,6 +141,12 @@ class Labels:
         """Demand that no label in these arrays leaves."""
         for factor in [factors] if isinstance(factors, np.ndarray) else factors:
             self.frozen.append((factor.ravel(), reason, self.op))
+
+    def silence(self, factors: Iterable[np.ndarray]) -> None:
+        """Note that an operation without weights reads these labels, as if those that leave were 0 there."""
+        for factor in factors:
+            self.consuming.append(factor.ravel())
+            self.silenced.append(factor.ravel())
 
     def collapse(self, factor: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         """Make labels along ``axes`` leave together, so that the array no longer varies there."""

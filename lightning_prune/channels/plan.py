@@ -216,6 +216,10 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
     reading = np.zeros(labels.count, dtype=bool)
     for array in labels.consuming:
         reading[array] = True
+    silent = np.zeros(len(grouping.removable), dtype=bool)
+    for array in labels.silenced:
+        silent[grouping.component[array]] = True
+    reading |= silent[grouping.component]
     plan = RemovalPlan({}, {})
     for slot in labels.slots:
         ids = slice(slot.base, slot.base + slot.size)
@@ -239,7 +243,7 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
         for attribute, value in changes.items():
             plan.attributes.setdefault(module, {}).setdefault(attribute, value)
     with replaced(graph.model, graph.replaced):
-        names, sizes = narrowed(graph.model, plan)
+        names, sizes = narrowed(graph.model, plan, graph.labels.thinned)
     plan.replaced = {name: graph.replaced[name] for name in names if name in graph.replaced}
     for module, changes in sizes.items():
         plan.attributes.setdefault(module, {}).update(changes)

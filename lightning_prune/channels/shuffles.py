@@ -69,7 +69,7 @@ def _settle(graph: ChannelGraph, outcome: Outcome, widths: np.ndarray) -> tuple[
     for op in outcome.child.ops:
         for value in [*op.tensors(), *op.outs]:
             value.factors = None
-    labels = Labels(approximate=graph.labels.approximate, trusted=graph.labels.trusted)
+    labels = Labels(approximate=graph.labels.approximate, trusted=graph.labels.trusted, thinned=graph.labels.thinned)
     groups = {group.key: group for group in make_groups(propagate([outcome.child], labels)).groups}
     found, unfit = widths.copy(), set()
     owners: dict[tuple[str, int], int] = {}

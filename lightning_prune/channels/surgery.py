@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_prune.channels.plan import RemovalPlan
 
 Indices = Mapping[int, list[int]]
+_ABSENT = object()
 
 
 def take(tensor: Tensor, axes: Indices) -> Tensor:
@@ -143,9 +144,12 @@ def set_attributes(model: nn.Module, attributes: Mapping[str, Mapping[str, Any]]
     before: dict[str, dict[str, Any]] = {}
     for name, changes in attributes.items():
         module = modules[name]
-        before[name] = {key: getattr(module, key) for key in changes}
-        for key, value in changes.items():  # JSON knows no tuples
-            setattr(module, key, tuple(value) if isinstance(before[name][key], tuple) else value)
+        before[name] = {key: getattr(module, key, _ABSENT) for key in changes}
+        for key, value in changes.items():
+            if value is _ABSENT:
+                delattr(module, key)
+            else:  # JSON knows no tuples
+                setattr(module, key, tuple(value) if isinstance(before[name][key], tuple) else value)
     return before
 
 

@@ -12,7 +12,7 @@ from lightning_prune.channels.groups import ChannelGroup, FrozenAxis, Grouping, 
 from lightning_prune.channels.labels import Labels
 from lightning_prune.channels.recording import Recording, Value, record
 from lightning_prune.channels.rules import RULES
-from lightning_prune.errors import TraceError
+from lightning_prune.errors import ConfigError, TraceError
 from lightning_prune.wrappers import bare, uncompiled
 
 
@@ -140,7 +140,7 @@ class ChannelGraph:
 
 
 def trace_channels(
-    model: nn.Module, example_inputs: Any, approximate: bool = False, replace_attention: bool = True
+    model: nn.Module, example_inputs: Any, approximate: bool = False, replace_attention: bool | str = True
 ) -> ChannelGraph:
     """Find which channels of a model can leave, and which only together.
 
@@ -158,8 +158,11 @@ def trace_channels(
         replace_attention: Whether heads may leave where the forward code takes its inner width from its input
             (``nn.MultiheadAttention``; Swin, SwinV2 and MaxViT attention of torchvision; BEiT, EVA and SwinV2 attention
             of timm). Such modules are traced, and where heads leave replaced for good, as subclasses of their own class
-            whose inner width is free: the same objects, parameters, hooks and ``state_dict`` keys. False: their heads
-            stay. Attention that reads its own head counts needs no replacement and is not concerned.
+            whose inner width is free: the same objects, parameters, hooks and ``state_dict`` keys. True or ``"heads"``:
+            whole heads leave. ``"width"``: in these modules all heads stay and every head loses the same places (of
+            queries and keys, and of values), scores being scaled as before; EVA, with its rotary embeddings, loses
+            heads all the same. False: nothing leaves there. Attention that reads its own head counts needs no
+            replacement: it loses heads in any case.
 
     Returns:
         The graph: ``groups``, ``frozen`` and ``explain()``.
@@ -183,15 +186,18 @@ def trace_channels(
         raise TraceError(
             f"{scripted[0]} is a scripted module, whose code and sizes are fixed; give the module it was scripted from."
         )
+    if replace_attention not in (True, False, "heads", "width"):
+        raise ConfigError(f"replace_attention={replace_attention!r}: expected True, False, 'heads' or 'width'.")
     kinds = replaceable(model) if replace_attention else {}
+    thin = replace_attention == "width"
     with uncompiled(model):
         try:
             with replaced(model, kinds):
-                return _trace(model, example_inputs, approximate, kinds)
+                return _trace(model, example_inputs, approximate, kinds, thin)
         except TraceError as error:
             if not kinds:
                 raise
-            graph = _trace(model, example_inputs, approximate, {})
+            graph = _trace(model, example_inputs, approximate, {}, thin)
             graph.notes.append(f"No attention was replaced, since the model did not run with replacements: {error}")
             return graph
 
@@ -200,7 +206,7 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict[str, str]) -> ChannelGraph:
+def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict[str, str], thin: bool) -> ChannelGraph:
     try:
         recordings = [record(model, example_inputs)]
     except TraceError:
@@ -210,8 +216,9 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict
             f"{type(model).__name__} cannot be run with these example inputs ({type(error).__name__}: {error}); give a "
             "tuple of positional arguments, a dict of keyword arguments, or the single argument."
         ) from error
-    trusted = frozenset(replaced_modules(model))
-    labels = propagate(recordings, Labels(approximate=approximate, trusted=trusted))
+    free = replaced_modules(model)
+    thinned = frozenset(name for name, module in free.items() if thin and module.can_thin)
+    labels = propagate(recordings, Labels(approximate=approximate, trusted=frozenset(free), thinned=thinned))
     names = [name for name, _ in model.named_parameters()]
     unseen = _unseen(names, recordings)
     if unseen:

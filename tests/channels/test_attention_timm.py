@@ -96,6 +96,16 @@ def test_narrowed_it_is_the_original_code_built_narrow(name: str) -> None:
     assert model.attention.num_heads == narrow.attention.num_heads == 2
 
 
+@pytest.mark.parametrize("name", ["beit", "swin v2"])
+def test_places_leave_from_every_head(name: str) -> None:
+    build, shape = NARROW[name]
+    model, x = build(8).double(), torch.rand(shape, dtype=torch.float64)
+    plan = plan_removal(trace_channels(model, x, replace_attention="width"), Budget(channels=0.5))
+    assert compact(model, plan, x).error < 1e-12
+    assert model.attention.num_heads == 4
+    assert model.attention.qkv.out_features == 3 * 4
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "beit_base_patch16_224"])
 def test_whole_networks_lose_half_of_their_heads(name: str) -> None:
     options: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 4}

@@ -17,14 +17,20 @@ class FreeWidth:
 
     Attributes:
         weights: Parameters whose shapes the original's code would misread once heads have left, by dotted name.
+        can_thin: Whether its heads may lose places, all the same ones.
+        score_scale: What scores are multiplied by; None is the usual root of the width. It is set, to what it was, when
+            heads lose places: removal does not rescale.
     """
 
     weights: tuple[str, ...] = ()
+    can_thin = True
+    score_scale: float | None = None
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
         """New values of size attributes.
 
         Args:
             size: Length of a parameter's axis after the removal.
+            thinned: Whether places of every head leave, instead of whole heads.
         """
         raise NotImplementedError

@@ -26,7 +26,7 @@ class FreeMultiheadAttention(FreeWidth, nn.MultiheadAttention):
     # input. They ask here whether they may; a data descriptor of the class hides the instance's own value.
     _qkv_same_embed_dim = property(lambda self: False)
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
         """Heads from the rows of the query projection; widths of the three inputs from the projections' columns."""
         if self.in_proj_weight is not None:
             inner, width = size(self.in_proj_weight, 0) // 3, size(self.in_proj_weight, 1)
@@ -35,7 +35,11 @@ class FreeMultiheadAttention(FreeWidth, nn.MultiheadAttention):
             projections = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             inner = size(self.q_proj_weight, 0)
             widths = tuple(size(p, 1) for p in projections)
-        return {"num_heads": inner // self.head_dim, **dict(zip(("embed_dim", "kdim", "vdim"), widths, strict=True))}
+        if thinned:
+            sizes = {"head_dim": inner // self.num_heads, "score_scale": self.score_scale or self.head_dim**-0.5}
+        else:
+            sizes = {"num_heads": inner // self.head_dim}
+        return {**sizes, **dict(zip(("embed_dim", "kdim", "vdim"), widths, strict=True))}
 
     def forward(  # noqa: D102
         self,
@@ -65,14 +69,14 @@ class FreeMultiheadAttention(FreeWidth, nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         weights: Tensor | None = None
         if need_weights:
-            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            scores = (q * (self.score_scale or q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
             weights = F.dropout((scores if mask is None else scores + mask).softmax(dim=-1), dropout, dropout > 0)
             heads = weights @ v
             if average_attn_weights:
                 weights = weights.mean(dim=1)
             weights = weights if batched else weights.squeeze(0)
         else:
-            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+            heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=self.score_scale)
         out = F.linear(heads.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return out.squeeze(0), weights

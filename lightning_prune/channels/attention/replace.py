@@ -1,6 +1,6 @@
 """Put attention modules of known types into a form whose inner width is free, and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
@@ -111,8 +111,15 @@ def replaced(model: nn.Module, kinds: Mapping[str, str]) -> Iterator[None]:
             cast(Any, module).__class__ = original
 
 
-def narrowed(model: nn.Module, plan: "RemovalPlan") -> tuple[list[str], dict[str, dict[str, Any]]]:
+def narrowed(
+    model: nn.Module, plan: "RemovalPlan", thinned: Collection[str]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """What a plan does to modules that are in their replaced form now.
+
+    Args:
+        model: The model.
+        plan: What leaves.
+        thinned: Modules whose heads lose places, instead of heads that leave whole.
 
     Returns:
         Names of those whose own weights shrink, and their new size attributes. With an ``nn.TransformerEncoder`` around
@@ -131,7 +138,7 @@ def narrowed(model: nn.Module, plan: "RemovalPlan") -> tuple[list[str], dict[str
         if not any(first[id(p)] in plan.keep for p in own):
             continue
         names.append(name)
-        new = cast(FreeWidth, module).true_sizes(size)
+        new = cast(FreeWidth, module).true_sizes(size, name in thinned)
         attributes[name] = {key: value for key, value in new.items() if getattr(module, key) != value}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""

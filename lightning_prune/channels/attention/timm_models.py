@@ -33,7 +33,7 @@ def _attend(
     """Heads' outputs side by side: (N, tokens, heads * width). The mask is additive or boolean."""
     if module.fused_attn:
         dropout = module.attn_drop.p if module.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, scale=module.scale)
         return out.transpose(1, 2).flatten(2)
     scores = (q * module.scale) @ k.transpose(-2, -1)
     if is_causal:
@@ -52,9 +52,9 @@ class FreeBeitAttention(FreeWidth, BeitAttention):
 
     weights = ("qkv.weight", "proj.weight")
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
         """Heads from the rows of the projection; the width of a head stays."""
-        return _fused_heads(self, size)
+        return {} if thinned else _fused_heads(self, size)
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # noqa: D102
         q, k, v = _heads(self, x)
@@ -69,8 +69,9 @@ class FreeEvaAttention(FreeWidth, EvaAttention):
     """EVA's and DINOv3's attention whose heads can leave; at full width it computes what the original does."""
 
     weights = ("qkv.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "proj.weight")
+    can_thin = False  # rotary embeddings pair the places of a head
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
         """Heads from the rows of the projection; the width of a head stays."""
         return {"num_heads": size(self.proj.weight, 1) // self.head_dim}
 
@@ -101,9 +102,9 @@ class FreeWindowAttentionV2(FreeWidth, WindowAttention):
 
     weights = ("qkv.weight", "proj.weight")
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
         """Heads from the rows of the projection; the width of a head stays."""
-        return _fused_heads(self, size)
+        return {} if thinned else _fused_heads(self, size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: D102
         q, k, v = _heads(self, x)

@@ -41,10 +41,12 @@ class FreeShiftedWindowAttention(FreeWidth, ShiftedWindowAttention):
 
     weights = ("qkv.weight", "proj.weight")
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
-        """Heads from the rows of the projection; the width of a head stays."""
-        per_head = self.qkv.weight.shape[0] // self.num_heads
-        return {"num_heads": size(self.qkv.weight, 0) // per_head}
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
+        """Heads, or the width of a head, from the rows of the projection."""
+        width = self.qkv.weight.shape[0] // (3 * self.num_heads)
+        if thinned:
+            return {"score_scale": self.score_scale or width**-0.5}
+        return {"num_heads": size(self.qkv.weight, 0) // (3 * width)}
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         bias = self.get_relative_position_bias()
@@ -79,7 +81,7 @@ class FreeShiftedWindowAttention(FreeWidth, ShiftedWindowAttention):
         return self.qkv.bias
 
     def _scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return (q * (self.score_scale or q.shape[-1] ** -0.5)) @ k.transpose(-2, -1)
 
 
 class FreeShiftedWindowAttentionV2(FreeShiftedWindowAttention, ShiftedWindowAttentionV2):
@@ -110,9 +112,10 @@ class FreeRelativePositionalMultiHeadAttention(FreeWidth, RelativePositionalMult
 
     weights = ("to_qkv.weight", "merge.weight")
 
-    def true_sizes(self, size: Size) -> dict[str, Any]:
-        """Heads from the rows of the projection; the width of a head stays."""
-        return {"n_heads": size(self.to_qkv.weight, 0) // (3 * self.head_dim)}
+    def true_sizes(self, size: Size, thinned: bool) -> dict[str, Any]:
+        """Heads, or the width of a head, from the rows of the projection."""
+        inner = size(self.to_qkv.weight, 0) // 3
+        return {"head_dim": inner // self.n_heads} if thinned else {"n_heads": inner // self.head_dim}
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, -1))

@@ -4,7 +4,7 @@ import numpy as np
 
 from lightning_prune.channels.labels import Labels, span
 from lightning_prune.channels.recording import Op, Value
-from lightning_prune.channels.rules.registry import rule, tensor
+from lightning_prune.channels.rules.registry import rule, tensor, thin
 
 
 def _fresh(labels: Labels, weight: Value, axis: int) -> np.ndarray | None:
@@ -119,6 +119,7 @@ def _grouped(
 
 def _matrix(labels: Labels, op: Op, a: Value, b: Value) -> list[np.ndarray]:
     """Labels of ``a @ b`` for (m, k) x (k, n), or the same with one batch axis in front."""
+    thinned = thin(labels, op)
     ndim = len(a.shape)
     inner_a, inner_b = ndim - 1, ndim - 2
     if ndim == 3:
@@ -129,7 +130,10 @@ def _matrix(labels: Labels, op: Op, a: Value, b: Value) -> list[np.ndarray]:
     k_b = next((f for f in right if span(f) == (inner_b,)), None)
     if k_a is not None and k_b is not None and not (a.weight or b.weight):
         labels.unify(k_a, k_b)
-        labels.freeze(k_a, "two activations are multiplied along it")
+        if thinned:
+            labels.silence([k_a])
+        else:
+            labels.freeze(k_a, "two activations are multiplied along it")
     elif b.weight or not a.weight:
         _consume(labels, None if k_a is None else k_a.ravel(), None if k_b is None else k_b.ravel(), "a weight")
     else:
@@ -219,9 +223,11 @@ def attention(labels: Labels, op: Op) -> None:
     """Attention over (batch, heads, tokens, width): whole heads leave; the values' width may leave within each head."""
     query, key, value = tensor(op, 0), tensor(op, 1), tensor(op, 2)
     last = len(query.shape) - 1
-    for part in (query, key):
-        part_left = [_keep_outer(labels, f, last) for f in labels.factors(part)]
-        for factor in part_left:
+    if thin(labels, op):
+        labels.meet(query, last, key, last, "attention's other operand")
+        labels.silence(f for f in labels.factors(query) if span(f) == (last,))
+    else:
+        for factor in [_keep_outer(labels, f, last) for part in (query, key) for f in labels.factors(part)]:
             if span(factor) == (last,):
                 labels.freeze(factor, "attention scores are scaled by its width")
     for axis in range(last - 1):
@@ -239,7 +245,7 @@ def attention(labels: Labels, op: Op) -> None:
     # Index space of either product: batch, heads, queries, keys, width.
     sizes = [*query.shape[:-1], key.shape[-2]]
     heads = [_keep_outer(labels, f, last) for f in labels.factors(query)]
-    labels.product([*sizes, query.shape[-1]], [f[..., None] for f in heads if last not in span(f)])
+    labels.product([*sizes, query.shape[-1]], [np.expand_dims(f, last) for f in heads])
     labels.product([*sizes, value.shape[-1]], [np.expand_dims(f, last) for f in op.outs[0].factors])
 
 

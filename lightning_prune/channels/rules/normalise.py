@@ -5,7 +5,7 @@ import numpy as np
 from lightning_prune.channels.approximate import note
 from lightning_prune.channels.labels import Labels, span
 from lightning_prune.channels.recording import Op, Value
-from lightning_prune.channels.rules.registry import argument, axes_of, rule, tensor
+from lightning_prune.channels.rules.registry import argument, axes_of, rule, tensor, thin
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
@@ -83,7 +83,11 @@ def reduce(labels: Labels, op: Op) -> None:
     if isinstance(dims, bool):  # std(x, unbiased)
         dims = None
     axes = axes_of(dims, ndim)
-    left = labels.drop(x, axes, f"{op.name} is taken over it", note(labels, op, axes))
+    if "norm" in op.name and thin(labels, op):  # what is 0 adds nothing to a norm
+        labels.silence(f for f in labels.factors(x) if span(f) == (ndim - 1,))
+        left = [f for f in labels.factors(x) if span(f) != (ndim - 1,)]
+    else:
+        left = labels.drop(x, axes, f"{op.name} is taken over it", note(labels, op, axes))
     for out in op.outs:
         if len(out.shape) == ndim:
             out.factors = left

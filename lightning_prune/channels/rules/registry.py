@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lightning_prune.channels.labels import Labels
+from lightning_prune.channels.labels import Labels, span
 from lightning_prune.channels.recording import Op, Value
 
 Rule = Callable[[Labels, Op], None]
@@ -40,3 +40,19 @@ def axes_of(item: Any, ndim: int) -> list[int]:
         return list(range(ndim))
     axes = item if isinstance(item, (list, tuple)) else [item]
     return [int(a) % ndim if ndim else 0 for a in axes]
+
+
+def thin(labels: Labels, op: Op) -> bool:
+    """Whether the operation is one of attention that is thinned; its operands then carry labels along the width alone.
+
+    Every head loses the same places, so the labels of all heads are made one.
+    """
+    if op.module not in labels.thinned:
+        return False
+    for value in op.tensors()[:3]:
+        rows = len(value.shape) - 2
+        value.factors = [
+            labels.collapse(f, [a for a in span(f) if a < rows]) if len(span(f)) > 1 else f
+            for f in labels.factors(value)
+        ]
+    return True
