@@ -7,6 +7,7 @@ Add callbacks to a Trainer, or use the functions without one:
 
 from lightning_prune.callbacks import (
     ChannelPruner,
+    CostProfiler,
     IterativeMagnitudePruner,
     LRRewind,
     Position,
@@ -49,6 +50,7 @@ __all__ = [
     "BudgetError",
     "ChannelPruner",
     "ConfigError",
+    "CostProfiler",
     "Costs",
     "EqualityError",
     "ErrorRate",

@@ -2,7 +2,7 @@
 
 ``record.json`` is the record; ``rounds.csv`` holds its rows for a spreadsheet. Both are rewritten whole after each
 round, so a reader never sees half of one. Two runs are equal when their :meth:`RunRecord.comparable` parts are: what
-took how long on which machine (``timing``, ``environment``) is kept beside them and promises nothing.
+took how long on which machine (``timing``, ``costs``, ``environment``) is kept beside them and promises nothing.
 """
 
 import csv
@@ -145,6 +145,7 @@ class RunRecord:
         rounds: The rows, as :class:`Round`; ``rounds[r].round == r``.
         final: What is measured once at the end, such as test metrics; JSON content.
         timing: ``{"seconds": [one number, or None, for each round]}``.
+        costs: Measurements of :class:`CostProfiler`, in order; JSON content, each with its ``round``.
 
     Example:
         >>> record = RunRecord(method={"IterativeMagnitudePruner": {"fraction": 0.2}}, seed=1)
@@ -161,6 +162,7 @@ class RunRecord:
         self.rounds: list[Round] = []
         self.final: dict[str, Any] = {}
         self.timing: dict[str, list[float | None]] = {"seconds": []}
+        self.costs: list[dict[str, Any]] = []
         self.environment = _plain(describe_environment() if environment is None else environment, "environment")
 
     def add_round(self, row: Round, seconds: float | None = None) -> None:
@@ -192,11 +194,12 @@ class RunRecord:
             self.final = {}
         del self.rounds[num_rounds:]
         del self.timing["seconds"][num_rounds:]
+        self.costs = [row for row in self.costs if row["round"] < max(num_rounds, 1)]
 
     def comparable(self) -> dict[str, Any]:
         """The content that two equal runs share, as JSON content (so that NaN equals NaN)."""
         content = self.state_dict()
-        return {k: v for k, v in content.items() if k not in ("timing", "environment")}
+        return {k: v for k, v in content.items() if k not in ("timing", "costs", "environment")}
 
     def state_dict(self) -> dict[str, Any]:
         """The whole record as JSON content: plain dictionaries, lists, texts and numbers."""
@@ -208,6 +211,7 @@ class RunRecord:
             "rounds": [row.to_json() for row in self.rounds],
             "final": _encode(_plain(self.final, "final")),
             "timing": _encode(self.timing),
+            "costs": _encode(_plain(self.costs, "costs")),
             "environment": _encode(self.environment),
         }
 
@@ -238,6 +242,9 @@ class RunRecord:
         seed = content.get("seed")
         if wrong or not isinstance(seconds, list) or not (seed is None or isinstance(seed, int)):
             raise FileFormatError(f"{where} is damaged: missing or of the wrong type: {wrong or 'seconds or seed'}.")
+        costs = content.get("costs", [])  # records of earlier versions have none
+        if not isinstance(costs, list) or not all(isinstance(row, dict) and "round" in row for row in costs):
+            raise FileFormatError(f"{where} is damaged: its costs are no list of measurements with their round.")
         if len(seconds) != len(content["rounds"]):
             raise FileFormatError(f"{where} is damaged: {len(content['rounds'])} rounds, {len(seconds)} timings.")
         record = cls(_decode(content["method"]), seed, _decode(content["environment"]))
@@ -247,6 +254,7 @@ class RunRecord:
         except (ConfigError, TypeError, ValueError) as error:
             raise FileFormatError(f"{where} is damaged: {error}") from error
         record.final = _decode(content["final"])
+        record.costs = _decode(costs)
         return record
 
     def write(self, folder: str | Path) -> None:

@@ -1,5 +1,6 @@
 """Running a model once, for what it shows: inputs of any form, evaluation mode, which module is at work."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,6 +36,11 @@ def map_tensors(function: Callable[[Tensor], Any], item: Any) -> Any:
     if isinstance(item, dict):
         return {k: map_tensors(function, v) for k, v in item.items()}
     return item
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy without the trainer that a LightningModule hangs on (its loaders, its optimizers, itself)."""
+    return copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
 
 
 def output_tensors(item: Any, _depth: int = 0) -> list[Tensor]:

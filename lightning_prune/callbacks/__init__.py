@@ -1,6 +1,7 @@
 """The Lightning face: callbacks decide when, call the functions of the layers below, and report."""
 
 from lightning_prune.callbacks.channels import ChannelPruner
+from lightning_prune.callbacks.costs import CostProfiler
 from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
 from lightning_prune.callbacks.plans import load_compact_checkpoint
@@ -10,6 +11,7 @@ from lightning_prune.callbacks.tickets import TicketWriter
 
 __all__ = [
     "ChannelPruner",
+    "CostProfiler",
     "IterativeMagnitudePruner",
     "LRRewind",
     "Position",

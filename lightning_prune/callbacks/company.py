@@ -115,11 +115,12 @@ def together(function: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def decided_once(function: Callable[[], Result]) -> Result:
+def decided_once(function: Callable[[], Result], group: Any = None) -> Result:
     """Call ``function`` on process 0 and give every process what it returned, or its error.
 
     Args:
         function: Its result is pickled: plain content.
+        group: Processes that wait, and how long; all of them, as long as the trainer's own, if left out.
 
     Raises:
         PruneError: It failed; on process 0 its own error.
@@ -133,7 +134,7 @@ def decided_once(function: Callable[[], Result]) -> Result:
             outcome[0] = function()
         except Exception as error:
             failure, outcome[1] = error, str(error)
-    torch.distributed.broadcast_object_list(outcome, src=0)
+    torch.distributed.broadcast_object_list(outcome, src=0, group=group)
     if failure is not None:
         raise failure
     if outcome[1] is not None:

@@ -142,6 +142,10 @@ class RoundPruner(Callback):
         """The folder with this run's record, once a fit has begun; ``None`` where nothing is written."""
         return self._recorder.folder
 
+    def record_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        """Add a measurement of :class:`CostProfiler` to this run's record."""
+        self._recorder.add_costs(trainer, row)
+
     @property
     def _running(self) -> RoundSchedule:
         assert self._schedule is not None

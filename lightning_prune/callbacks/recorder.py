@@ -139,6 +139,12 @@ class RoundRecorder:
         self._write(trainer)
         self._print(trainer, row)
 
+    def add_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        """Take up a measurement of :class:`CostProfiler`."""
+        if self.record is not None:
+            self.record.costs.append(row)
+            self._write(trainer)
+
     def _print(self, trainer: pl.Trainer, row: Round) -> None:
         if not self._verbose or not trainer.is_global_zero:
             return

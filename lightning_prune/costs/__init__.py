@@ -2,6 +2,7 @@
 
 from lightning_prune.costs.flops import Costs, Count, ModuleCosts, count_costs
 from lightning_prune.costs.latency import Latency, LatencyComparison, RunAs, compare_latency, measure_latency
+from lightning_prune.costs.savings import Savings, measure_savings
 
 __all__ = [
     "Costs",
@@ -10,7 +11,9 @@ __all__ = [
     "LatencyComparison",
     "ModuleCosts",
     "RunAs",
+    "Savings",
     "compare_latency",
     "count_costs",
     "measure_latency",
+    "measure_savings",
 ]

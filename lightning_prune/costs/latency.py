@@ -1,6 +1,5 @@
 """Measured latency of forward passes: of one model, and of two by turns."""
 
-import copy
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune.costs.timing import FEWEST_SAMPLES, MOST_SAMPLES, Interval, Timer, check_measurable, samples
 from lightning_prune.environment import describe_environment
 from lightning_prune.errors import ConfigError, MeasurementError
-from lightning_prune.running import call_model, evaluation, map_tensors
+from lightning_prune.running import call_model, copy_model, evaluation, map_tensors
 
 _REPEATS = 5
 _QUICK_SECONDS = 0.01
@@ -127,9 +126,7 @@ class RunAs:
     def model(self, model: nn.Module) -> nn.Module:
         """The model to run: the given one, or a copy that is cast, moved and laid out as asked."""
         if self.device is not None or self.dtype is not None or self.channels_last:
-            # A LightningModule's trainer holds the loaders, the optimizers and the module itself: it stays outside.
-            model = copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
-            model = model.to(device=self.device, dtype=self.dtype)
+            model = copy_model(model).to(device=self.device, dtype=self.dtype)
             if self.channels_last:
                 model = model.to(memory_format=torch.channels_last)
         if self.compiled:

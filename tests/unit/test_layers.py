@@ -32,6 +32,7 @@ MODULES = sorted(
 )
 
 PUBLIC = [
+    "CostProfiler",
     "Latency",
     "LatencyComparison",
     "compare_latency",
