@@ -14,7 +14,8 @@ from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.environment import describe_environment
-from lightning_prune.record import Round, RunRecord, check_free, header_text, row_text
+from lightning_prune.record import Round, RunRecord, check_free
+from lightning_prune.record_table import header_text, row_text
 
 
 class RoundRecorder:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_prune.callbacks.events import Position
 from lightning_prune.callbacks.folders import tries_out
+from lightning_prune.callbacks.moments import Length, check_ends, check_frequencies, place
 from lightning_prune.errors import ConfigError
 from lightning_prune.times import TrainTime
 
@@ -110,8 +111,9 @@ class RoundSchedule:
         self._check_rewinding_point(trainer)
         self._places = [(self.epochs, self._steps)] * (self.rounds + 1)
         if self.ends is not None:
+            counted = self._steps_per_epoch if self._automatic(trainer) else None
+            self._places[:-1] = [place(end, self.total_steps, counted) for end in self.ends]
             self._check_ends(trainer)
-            self._places[:-1] = [self._place(trainer, end) for end in self.ends]
         if not self.goes_on:
             epoch_loop.max_steps = -1
         self._set_limits(trainer)
@@ -121,45 +123,12 @@ class RoundSchedule:
         """Whether all rounds lie within one training, each beginning where the last ended."""
         return self.ends is not None and self.rewind_to is None
 
-    def _place(self, trainer: pl.Trainer, end: TrainTime) -> tuple[int | None, int | None]:
-        """A time within one training as epochs, the last one perhaps cut short by the steps that come with them."""
-        if end.unit == "ep":
-            return int(end.value), None
-        steps = end.in_steps(self.total_steps)
-        if self._steps_per_epoch is None or not self._automatic(trainer):
-            return None, steps
-        full, rest = divmod(steps, self._steps_per_epoch)
-        return full + (rest > 0), steps if rest else None
-
     def _check_ends(self, trainer: pl.Trainer) -> None:
         assert self.ends is not None
-        known = self._steps_per_epoch is not None or all(end.unit != "ep" for end in self.ends)
-        before: TrainTime | None = None
-        for end in self.ends:
-            if end.unit == "%" and not self.total_steps:
-                raise ConfigError(
-                    f"at={end}: the length of this training in steps is not known (the data has no length). Give the "
-                    "time in steps ('500st')."
-                )
-            if end.unit == "ep":
-                late, last = self.epochs is not None and end.value > self.epochs, end.value == self.epochs
-            else:
-                steps = end.in_steps(self.total_steps)
-                counted = bool(self.total_steps) and self._automatic(trainer)
-                late, last = counted and steps > self.total_steps, counted and steps == self.total_steps
-            if late or (last and self.goes_on):
-                raise ConfigError(
-                    f"at={end}: training ends after {self.describe_length()}, so nothing would be trained after this "
-                    "cut. Choose an earlier time, or put LRRewind beside the pruner, which trains on after each cut."
-                )
-            start = before if self.goes_on else self.rewind_to
-            if start is not None and known and self._steps_of(end) <= self._steps_of(start):
-                said = f"the cut before it, at {start}" if self.goes_on else f"the rewinding point, {start}"
-                raise ConfigError(f"at={end} does not lie after {said}: no training in between. Choose a later time.")
-            before = end
-
-    def _steps_of(self, time: TrainTime) -> int:
-        return time.in_steps(self.total_steps, self._steps_per_epoch)
+        length = Length(
+            self.epochs, self.total_steps, self._steps_per_epoch, self._automatic(trainer), self.describe_length()
+        )
+        check_ends(self.ends, length, self.rewind_to)
 
     def _check_rewinding_point(self, trainer: pl.Trainer) -> None:
         if self.rewind_to is None or self.rewind_to.value == 0:
@@ -188,16 +157,9 @@ class RoundSchedule:
         Raises:
             ConfigError: They would not.
         """
-        if self.goes_on:
-            return
         lengths = {epochs - self.rewinding_epoch for epochs, _ in self._places if epochs is not None}
-        for config in trainer.lr_scheduler_configs:
-            odd = [epochs for epochs in lengths if epochs % config.frequency]
-            if config.interval == "epoch" and odd:
-                raise ConfigError(
-                    f"{type(config.scheduler).__name__} steps every {config.frequency} epochs, a round has {odd[0]}: "
-                    "it would step at other places in each round. Choose a length that divides."
-                )
+        if not self.goes_on:
+            check_frequencies(trainer, lengths)
 
     def describe_length(self) -> str:
         """One training's length in words."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import Budget, ConfigError, ResumeError, trace_channels
-from lightning_prune.channels.budget import budgets_of_passes, rest_of
 from lightning_prune.channels.criteria import TaylorAverage, check_criterion, relative, weight_scores, without_scale
+from lightning_prune.channels.passes import budgets_of_passes, rest_of
 from lightning_prune.channels.scores import score_taylor
 from tests._helpers.channels import Residual
 

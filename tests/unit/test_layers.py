@@ -15,7 +15,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking"},
-    {"masks", "scores", "selection", "ranking", "counting", "record", "costs"},
+    {"masks", "scores", "selection", "ranking", "counting", "record", "record_table", "costs"},
     {"channels"},
     {"acceleration", "connectivity", "checkpoint", "compact_files", "coverage", "export"},
     {"resume"},  # Lightning is known from here up

@@ -1,0 +1,109 @@
+"""Moments within one training: where a round ends, in epochs and steps, and whether they can be reached."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import lightning.pytorch as pl
+
+from lightning_prune.errors import ConfigError
+from lightning_prune.times import TrainTime
+
+
+@dataclass(frozen=True)
+class Length:
+    """The length of one training.
+
+    Args:
+        epochs: Epochs, the last one perhaps cut short; ``None`` where they do not end it.
+        steps: Optimizer steps; 0 where that is not known.
+        steps_per_epoch: ``None`` where that is not known.
+        automatic: Whether Lightning steps the optimizers, so that steps can be counted beforehand.
+        text: In words.
+    """
+
+    epochs: int | None
+    steps: int
+    steps_per_epoch: int | None
+    automatic: bool
+    text: str
+
+
+def place(end: TrainTime, total_steps: int, steps_per_epoch: int | None) -> tuple[int | None, int | None]:
+    """A time within one training as epochs, and steps where it falls inside the last of them.
+
+    Args:
+        end: The time.
+        total_steps: Length of the training.
+        steps_per_epoch: ``None`` where steps cannot be told in epochs.
+
+    Returns:
+        Epochs, the last one perhaps cut short; steps, if it is. ``(None, steps)`` where epochs are not known.
+    """
+    if end.unit == "ep":
+        return int(end.value), None
+    steps = end.in_steps(total_steps)
+    if steps_per_epoch is None:
+        return None, steps
+    full, rest = divmod(steps, steps_per_epoch)
+    return full + (rest > 0), steps if rest else None
+
+
+def check_ends(ends: Sequence[TrainTime], length: Length, rewind_to: TrainTime | None) -> None:
+    """See that cuts lie within one training, in order, with training before and after each.
+
+    Args:
+        ends: When they come.
+        length: Of the training.
+        rewind_to: The rewinding point from which every round after a cut starts; ``None``: it goes on from there.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    known = length.steps_per_epoch is not None or all(end.unit != "ep" for end in ends)
+    before: TrainTime | None = None
+    for end in ends:
+        late, last = _against_end(end, length)
+        if late or (last and rewind_to is None):
+            raise ConfigError(
+                f"at={end}: training ends after {length.text}, so nothing would be trained after this cut. Choose an "
+                "earlier time, or put LRRewind beside the pruner, which trains on after each cut."
+            )
+        start = before if rewind_to is None else rewind_to
+        if start is not None and known:
+            first, second = (time.in_steps(length.steps, length.steps_per_epoch) for time in (start, end))
+            if second <= first:
+                said = f"the cut before it, at {start}" if rewind_to is None else f"the rewinding point, {start}"
+                raise ConfigError(f"at={end} does not lie after {said}: no training in between. Choose a later time.")
+        before = end
+
+
+def _against_end(end: TrainTime, length: Length) -> tuple[bool, bool]:
+    """Whether a time lies beyond the end of training, or at it, as far as that is known."""
+    if end.unit == "%" and not length.steps:
+        raise ConfigError(
+            f"at={end}: the length of this training in steps is not known (the data has no length). Give the time in "
+            "steps ('500st')."
+        )
+    if end.unit == "ep":
+        return length.epochs is not None and end.value > length.epochs, end.value == length.epochs
+    steps, counted = end.in_steps(length.steps), bool(length.steps) and length.automatic
+    return counted and steps > length.steps, counted and steps == length.steps
+
+
+def check_frequencies(trainer: pl.Trainer, lengths: Iterable[int]) -> None:
+    """See that schedulers which step every few epochs step at the same places in each round.
+
+    Args:
+        trainer: The trainer.
+        lengths: Of the rounds, in epochs.
+
+    Raises:
+        ConfigError: They would not.
+    """
+    for config in trainer.lr_scheduler_configs:
+        odd = [epochs for epochs in lengths if epochs % config.frequency]
+        if config.interval == "epoch" and odd:
+            raise ConfigError(
+                f"{type(config.scheduler).__name__} steps every {config.frequency} epochs, a round has {odd[0]}: it "
+                "would step at other places in each round. Choose a length that divides."
+            )

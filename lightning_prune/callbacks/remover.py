@@ -1,0 +1,341 @@
+"""Removing channels inside a fit: when, in what, and what goes along; subclasses say by which scores."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_prune.callbacks.company import compare_ranks, decided_once, rewinding_point, together
+from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
+from lightning_prune.callbacks.plans import forget_plans, keep_plans, write_plans
+from lightning_prune.callbacks.pruner import RoundPruner
+from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, check_strategy, remove
+from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.channels.alignment import RoundTo
+from lightning_prune.channels.budget import Budget, CostModel
+from lightning_prune.channels.compact import verify
+from lightning_prune.channels.groups import ChannelGroup
+from lightning_prune.channels.passes import budgets_of_passes, rest_of
+from lightning_prune.channels.plan import RemovalPlan, plan_removal
+from lightning_prune.channels.scores import fetch
+from lightning_prune.channels.surgery import check_optimizers
+from lightning_prune.channels.trace import ChannelGraph, trace_channels
+from lightning_prune.compact_files import save_compact
+from lightning_prune.errors import ConfigError, NoEffectWarning
+from lightning_prune.prunable import matching
+from lightning_prune.resume import undisturbed
+from lightning_prune.times import TrainTime
+from lightning_prune.wrappers import bare, uncompiled
+
+COSTS = ("channels", "params", "macs")
+
+
+class ChannelRemover(RoundPruner):
+    """A callback that removes channels at chosen moments of a fit: base of every pruner of channels.
+
+    A subclass says what is worth keeping: :meth:`score`; it may also say which groups stay (:meth:`hold`) and how
+    widths follow from scores (:meth:`plan`).
+
+    Args:
+        budget: What is kept of the original network; one for all passes, or a list.
+        at: When; one time, or a list.
+        round_to: Widths become multiples of this.
+        min_channels: Least width of a group.
+        exclude: Layers whose channels stay.
+        module: Name of the submodule to prune.
+        example_inputs: For the trace.
+        approximate: Let channels that LayerNorm averages over leave too.
+        round_length: ``T`` where it should differ from the Trainer's.
+        monitor: Metric shown and recorded per round.
+        mode: ``"max"`` or ``"min"``.
+        dirpath: Folder of the record.
+        verbose: Print one line after each round.
+    """
+
+    def __init__(
+        self,
+        budget: Budget | Sequence[Budget],
+        at: str | Sequence[str],
+        round_to: RoundTo = 1,
+        min_channels: int = 1,
+        exclude: Sequence[str] = (),
+        module: str | None = None,
+        example_inputs: Any = None,
+        approximate: bool = False,
+        round_length: str | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
+        dirpath: str | Path | None = None,
+        verbose: bool = True,
+    ) -> None:
+        self.at = [TrainTime.parse(time, "at") for time in ([at] if isinstance(at, str | TrainTime) else at)]
+        if not self.at:
+            raise ConfigError("at=[]: give the moment of at least one cut, such as '50%'.")
+        super().__init__(len(self.at), round_length, monitor, mode, dirpath, verbose)
+        self.budgets = budgets_of_passes(budget, len(self.at))
+        if isinstance(exclude, str):
+            raise ConfigError(f"exclude={exclude!r}: expected a list of names; write exclude=[{exclude!r}].")
+        check_count("min_channels", min_channels)
+        if isinstance(round_to, int):
+            check_count("round_to", round_to)
+        self.round_to, self.min_channels, self.exclude = round_to, min_channels, tuple(exclude)
+        self.module, self.example_inputs, self.approximate = module, example_inputs, approximate
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what an earlier fit has left."""
+        self._name = ""  # of the module that is cut
+        self._inputs: Any = None
+        self._waits = False  # a cut is due, and only the next batch will tell what the network takes
+        self._costs: dict[str, tuple[int, int]] | None = None  # (now, of the original)
+        self._groups: dict[str, tuple[int, int]] = {}  # (now, of the original), by name
+        self._digest = ""
+
+    # -------------------------------------------------------- what subclasses say
+
+    @abstractmethod
+    def score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
+        """Score every group at a cut; called on every process, and may reduce over them.
+
+        Returns:
+            ``{group name: (size,) tensor}``, higher = kept.
+        """
+
+    def hold(self, graph: ChannelGraph) -> None:
+        """Keep groups whole that this method cannot judge, in place; after every trace."""
+
+    def plan(self, graph: ChannelGraph, scores: dict[str, Tensor], budget: Budget) -> RemovalPlan:
+        """Choose what leaves; called on one process.
+
+        Args:
+            graph: The network as it is now.
+            scores: What :meth:`score` gave.
+            budget: Fraction of what the network is *now* that is kept.
+        """
+        return plan_removal(graph, budget, scores, self.round_to, self.min_channels)
+
+    # ------------------------------------------------------------------- set up
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let checkpoints hold plans, and loading one carry them out, in every stage."""
+        super().setup(trainer, pl_module, stage)
+        keep_plans(pl_module)
+
+    def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
+        """Rounds end where cuts are asked for."""
+        self.reset()
+        check_strategy(trainer)
+        return RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer), self.at)
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Trace the network before anything is trained, so that what cannot work is refused now."""
+        check_optimizers_of(trainer)
+        self._name = find_module(pl_module, self.module)
+        self._inputs = early_inputs(self.example_inputs, trainer, pl_module, self._target(pl_module))
+        if self._inputs is not None:
+            self._survey(trainer, pl_module)
+
+    def _target(self, pl_module: pl.LightningModule) -> nn.Module:
+        return bare(pl_module.get_submodule(self._name))
+
+    def _inputs_of(self, batch: Any, pl_module: pl.LightningModule) -> Any:
+        return inputs_of(batch, self._target(pl_module))
+
+    def _survey(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that every budget can be met, and what the original costs."""
+
+        def look() -> ChannelGraph:
+            graph = self.trace(trainer, pl_module)
+            check_copies(pl_module, graph)
+            if not graph.groups:
+                raise ConfigError(
+                    f"no channel of {type(graph.model).__name__} can leave. trace_channels(...).explain() says why."
+                )
+            if self._costs is None:
+                costs = CostModel(graph)
+                whole = {what: costs.cost(what, costs.sizes) for what in COSTS}
+                self._costs = {what: (cost, cost) for what, cost in whole.items()}
+                self._groups = {group.name: (group.size, group.size) for group in graph.groups}
+            if self._running.round < self.rounds:
+                last = rest_of(self.budgets[-1], self._costs[self.budgets[-1].what])
+                plan_removal(graph, last, None, self.round_to, self.min_channels)
+            return graph
+
+        together(look)
+
+    def trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> ChannelGraph:
+        """Trace the network as it is now, with what must stay whole."""
+        with undisturbed(trainer.strategy.root_device):
+            graph = trace_channels(self._target(pl_module), self._inputs, approximate=self.approximate)
+        names = [name for name, _ in graph.model.named_parameters()]
+        prefix = f"{self._name}."
+        for pattern in self.exclude:
+            chosen = set(matching(pattern.removeprefix(prefix), names, "exclude"))
+            made_there = [g for g in graph.groups if any(n in chosen for n, _ in _shaping(g, graph.model))]
+            graph.keep_whole(made_there, f"excluded by {pattern!r}")
+        self.hold(graph)
+        return graph
+
+    # ---------------------------------------------------------------- in rounds
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Cut, if one is due."""
+        if self._inputs is not None:
+            super().on_train_epoch_start(trainer, pl_module)
+        else:
+            self._running.on_train_epoch_start(trainer)
+            self._waits = self._running.is_over(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Cut, if one is due between two steps of an epoch."""
+        if self._inputs is None:
+            self._inputs = self._inputs_of(batch, pl_module)
+            self._survey(trainer, pl_module)
+        if self._waits and self._running.rewound is not None and self._running.rewound.batch:
+            raise ConfigError(
+                "a round begins inside an epoch, and this data set gives no example before its first batch: give "
+                "example_inputs, or set self.example_input_array on the LightningModule."
+            )
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._waits or self._running.is_due(trainer):
+            self._waits = False
+            self._next_round(trainer, pl_module)
+
+    def decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RemovalPlan:
+        """Trace, score, plan and check: the plan is made once and is the same on every process."""
+        device = trainer.strategy.root_device
+
+        def look() -> tuple[ChannelGraph, dict[str, Tensor]]:
+            graph = self.trace(trainer, pl_module)
+            return graph, self.score(trainer, pl_module, graph)
+
+        def choose() -> dict[str, Any]:
+            assert self._costs is not None
+            wanted = self.budgets[self._running.round]
+            plan = self.plan(graph, scores, rest_of(wanted, self._costs[wanted.what]))
+            check_optimizers(plan, graph.model, trainer.optimizers)
+            if plan.keep:
+                with uncompiled(graph.model):
+                    verify(graph.model, plan, self._inputs)
+            return plan.to_json()
+
+        with undisturbed(device):
+            graph, scores = together(look)
+            plan = RemovalPlan.from_json(decided_once(choose))
+        compare_ranks(plan.digest(), "removal plans")
+        return plan
+
+    def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: RemovalPlan) -> PruneEvent:
+        """Shrink the network, its optimizers, copies and wrappers."""
+        assert self._costs is not None
+        if not decision.keep:
+            rank_zero_warn(
+                f"the cut before round {self._running.round} removes nothing: the network costs no more than its "
+                f"budget, {self.budgets[self._running.round - 1]}.",
+                category=NoEffectWarning,
+            )
+        remove(trainer, pl_module, self._name, decision)
+        removed = self._costs["channels"][0] - decision.costs["channels"][1]
+        self._costs = {what: (decision.costs[what][1], self._costs[what][1]) for what in COSTS}
+        for group in decision.groups:
+            self._groups[group["name"]] = (group["kept"], self._groups.get(group["name"], (0, group["size"]))[1])
+        self._digest = hashlib.sha256(f"{self._digest}{decision.digest()}".encode()).hexdigest()
+        return PruneEvent(
+            self._running.round,
+            trainer.global_step,
+            None,
+            removed,
+            self._running.rewound,
+            decision,
+            self._name,
+            dict(self._costs),
+        )
+
+    def counts(self) -> dict[str, Any]:
+        """Channels, parameters and MACs kept."""
+        costs = self._costs or dict.fromkeys(COSTS, (0, 0))
+        kept, total = costs["channels"]
+        return {
+            "kept": kept,
+            "total": total,
+            "digest": self._digest,
+            "per_layer": dict(self._groups),
+            "unit": "channels",
+            "costs": dict(costs),
+        }
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the compact network."""
+        super().on_fit_end(trainer, pl_module)
+        if self.folder is not None and trainer.is_global_zero and self._digest:
+            save_compact(self._target(pl_module), self.folder / "compact.safetensors")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own checkpoint hooks back."""
+        super().teardown(trainer, pl_module, stage)
+        forget_plans(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave trainer and module as they were, but for what was cut."""
+        super().on_exception(trainer, pl_module, exception)
+        forget_plans(pl_module)
+
+    # -------------------------------------------------------------------- state
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the plans into the checkpoint, also after the fit."""
+        write_plans(checkpoint, pl_module)
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What the user gave."""
+        return {
+            "budgets": [{budget.what: budget.fraction} for budget in self.budgets],
+            "at": [str(time) for time in self.at],
+            "round_to": self.round_to if isinstance(self.round_to, int | str) else str(self.round_to),
+            "min_channels": self.min_channels,
+            "exclude": list(self.exclude),
+            "module": self.module,
+            "approximate": self.approximate,
+            "round_length": None if self.round_length is None else str(self.round_length),
+        }
+
+    def own_state(self) -> dict[str, Any]:
+        """Costs and group sizes so far; the plans are kept with the weights."""
+        return {
+            "costs": None if self._costs is None else {what: list(pair) for what, pair in self._costs.items()},
+            "groups": {name: list(pair) for name, pair in self._groups.items()},
+            "digest": self._digest,
+        }
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`own_state`."""
+        costs = state["costs"]
+        self._costs = None if costs is None else {what: (now, whole) for what, (now, whole) in costs.items()}
+        self._groups = {name: (now, whole) for name, (now, whole) in state["groups"].items()}
+        self._digest = state["digest"]
+
+
+def check_count(name: str, value: Any) -> None:
+    """See that an argument is a count.
+
+    Raises:
+        ConfigError: It is no integer of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r}: expected an integer of at least 1.")
+
+
+def _shaping(group: ChannelGroup, model: nn.Module) -> list[tuple[str, int]]:
+    """The (name, axis) pairs that make a group's channels or go with them one to one, not those that read them."""
+    along = [(name, axis) for name, axis, _ in group.members if fetch(model, name).dim() == 1]
+    return [*group.makers, *along]
