@@ -26,6 +26,7 @@ from lightning_prune.errors import (
     BudgetError,
     ConfigError,
     EqualityError,
+    ExportError,
     FileFormatError,
     MaskMismatchError,
     MeasurementError,
@@ -36,6 +37,7 @@ from lightning_prune.errors import (
     TraceError,
     WriteError,
 )
+from lightning_prune.export import ExportReport, export_onnx, export_program
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import prunable_parameters
 from lightning_prune.record import RunRecord
@@ -54,6 +56,8 @@ __all__ = [
     "Costs",
     "EqualityError",
     "ErrorRate",
+    "ExportError",
+    "ExportReport",
     "FileFormatError",
     "IterativeMagnitudePruner",
     "LRRewind",
@@ -81,6 +85,8 @@ __all__ = [
     "compact",
     "compare_latency",
     "count_costs",
+    "export_onnx",
+    "export_program",
     "linear_mode_connectivity",
     "load_compact",
     "load_compact_checkpoint",

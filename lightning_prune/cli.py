@@ -19,7 +19,12 @@ from lightning_prune.callbacks import IterativeMagnitudePruner
 from lightning_prune.errors import FileFormatError, PruneError
 from lightning_prune.record import JSON_NAME, RunRecord
 
-COMMANDS = {"report": "lightning_prune.reports.command"}
+COMMANDS = {
+    "channels": "lightning_prune.commands.channels",
+    "export": "lightning_prune.commands.export",
+    "models": "lightning_prune.commands.models",
+    "report": "lightning_prune.commands.report",
+}
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
 
 

@@ -48,5 +48,9 @@ class EqualityError(PruneError, RuntimeError):
     """A compact model that does not compute what its masked parent computes."""
 
 
+class ExportError(PruneError, RuntimeError):
+    """A model that cannot be exported, or an exported file that computes something else."""
+
+
 class NoEffectWarning(UserWarning):
     """Something was asked for and changed nothing."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_prune.channels.approximate import ignoring
 from lightning_prune.channels.attention import replaced
@@ -20,6 +21,8 @@ from lightning_prune.running import call_model, evaluation, map_tensors, output_
 if TYPE_CHECKING:
     from lightning_prune.channels.fold import Fold
 
+GAINS = (1.0, 0.5, 0.35)
+"""Scale of random weights, by seed modulo three."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PERIOD = 10_007  # prime, so that rows of a tiled matrix differ
 _DOUBLE = {torch.complex64: torch.complex128, torch.complex32: torch.complex128}
@@ -44,7 +47,8 @@ def random_tensors(model: nn.Module, dtype: torch.dtype, seed: int) -> dict[str,
     """Weights and statistics under which every branch counts, whatever the model's own are.
 
     Parameters of two or more axes are uniform, scaled so that magnitudes neither vanish nor explode; scales are in
-    [0.5, 1.5], shifts in [-0.5, 0.5], variances in [0.5, 1.5]. Other buffers keep their values.
+    [0.5, 1.5], shifts in [-0.5, 0.5], variances in [0.5, 1.5]. Other buffers keep their values. Sums of many branches
+    grow with depth until gates saturate and hide what is behind them: most seeds draw smaller weights.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
@@ -68,7 +72,7 @@ def random_tensors(model: nn.Module, dtype: torch.dtype, seed: int) -> dict[str,
         base = torch.roll(noise, offset)
         size = tensor.numel()
         if tensor.dim() >= 2:
-            base = base * math.sqrt(6 / max(1, size // tensor.shape[0]))
+            base = base * (GAINS[seed % len(GAINS)] * math.sqrt(6 / max(1, size // tensor.shape[0])))
         elif leaf in ("running_var", "weight", "weight_g", "original0") or leaf.startswith("gamma"):
             base = base * 0.5 + 1
         else:
@@ -93,13 +97,23 @@ def masked(plan: RemovalPlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     return result
 
 
+class _SingleAsDouble(TorchFunctionMode):
+    """Gives double precision to forward code that asks for single precision by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        func = Tensor.double if func is Tensor.float else func
+        args = tuple([torch.float64 if a is torch.float32 else a for a in args])
+        return func(*args, **{k: torch.float64 if a is torch.float32 else a for k, a in (kwargs or {}).items()})
+
+
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Constants that a forward pass makes get this dtype."""
+    """Constants that a forward pass makes, and what it converts to float32 in a float64 pass, get this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with _SingleAsDouble() if dtype == torch.float64 else nullcontext():
+            yield
     finally:
         torch.set_default_dtype(before)
 

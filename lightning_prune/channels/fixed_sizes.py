@@ -8,7 +8,7 @@ from lightning_prune.channels.budget import LEVELS, Family, families
 from lightning_prune.channels.follow import Outcome, attempt, examine
 from lightning_prune.channels.groups import make_groups
 from lightning_prune.channels.labels import FIXED
-from lightning_prune.channels.recording import Op
+from lightning_prune.channels.recording import Op, record
 from lightning_prune.channels.shuffles import fit_shuffled
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import PruneError
@@ -34,18 +34,22 @@ def followed(graph: ChannelGraph, plan: "RemovalPlan", kept: np.ndarray) -> bool
     return False
 
 
-def freeze_fixed_sizes(graph: ChannelGraph) -> None:
+def freeze_fixed_sizes(graph: ChannelGraph, settled: bool) -> bool:
     """Freeze channels whose sizes the forward code holds fixed, found by trying to remove half of them.
 
     Only channels that pass an operation whose sizes Python spelled out are tried. Where the compact model fails or
     takes another shape, the channels there are frozen, in every module of that kind, and the rest is tried again.
+
+    Returns:
+        False if the model itself, not ``settled`` yet, ran other operations than when it was recorded: code that keeps
+        something from its first call. Nothing is frozen then, so that it can be recorded again.
     """
     passed = 0
     for trial in range(MAX_TRIALS):
         widths = _trial(graph, uneven=passed == 1)
         if widths is None:
             if passed:
-                return
+                return True
             passed = 1
             continue
         blank = [np.zeros(group.size) for group in graph.groups]
@@ -59,12 +63,17 @@ def freeze_fixed_sizes(graph: ChannelGraph) -> None:
         if outcome.index is None:
             passed += 1
             if passed == 2:
-                return
+                return True
             continue
         passed = 0
+        if not settled:
+            again, settled = record(graph.model, graph.example_inputs), True
+            if [op.name for op in again.ops] != [op.name for op in graph.recordings[0].ops]:
+                return False
         op = graph.recordings[0].ops[outcome.index]
         _freeze_at(graph, op, outcome.why, everything=trial >= MAX_TRIALS - 2)
         graph.grouping = make_groups(graph.labels)
+    return True
 
 
 def _trial(graph: ChannelGraph, uneven: bool) -> np.ndarray | None:
@@ -88,7 +97,8 @@ def _trial(graph: ChannelGraph, uneven: bool) -> np.ndarray | None:
         for g in free:  # groups of one size get different widths, in turn
             size = graph.groups[g].size
             alike[size] = alike.get(size, 0) + max(1, (size - 1) // 3)
-            widths[g] = 1 + alike[size] % max(1, size - 1)
+            least = min(2, size - 1)  # an axis of length 1 carries no labels, so that little could be compared
+            widths[g] = least + alike[size] % max(1, size - least)
         return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)]) if len(free) else None
     widths = {g: max(1, graph.groups[g].size // 2) for g in free}
     for members in families(graph):
@@ -100,11 +110,11 @@ def _trial(graph: ChannelGraph, uneven: bool) -> np.ndarray | None:
     return np.array([widths.get(g, group.size) for g, group in enumerate(graph.groups)])
 
 
-def _met_in(graph: ChannelGraph, module: str) -> set[int]:
-    """Removable components that the operations of a module meet."""
+def _met_in(graph: ChannelGraph, module: str, within: bool = False) -> set[int]:
+    """Removable components that the operations of a module meet, or also those of the modules within it."""
     grouping, found = graph.grouping, set()
     for op in graph.recordings[0].ops:
-        if op.module != module:
+        if op.module != module and not (within and op.module.startswith(f"{module}.")):
             continue
         for value in [*op.tensors(), *op.outs]:
             for factor in value.factors or []:
@@ -142,7 +152,7 @@ def _freeze_at(graph: ChannelGraph, op: Op, why: str, everything: bool) -> None:
     if not hit and near:
         hit = [np.flatnonzero(np.isin(grouping.component, list(near)))]
     if not hit:  # sizes of channels that stay were taken from channels that leave: from some that this module meets
-        touched = _met_in(graph, op.module)
+        touched = _met_in(graph, op.module) or _met_in(graph, op.module, within=True)
         hit = [np.flatnonzero(np.isin(grouping.component, list(touched)))] if touched else []
     if not hit:  # nothing of what was tried is near: none of it can be trusted
         hit = [array for array, _ in labels.suspects]

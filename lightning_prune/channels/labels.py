@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from lightning_prune.channels.recording import Op, Value
 from lightning_prune.errors import TraceError
@@ -29,6 +30,22 @@ def span(factor: np.ndarray) -> tuple[int, ...]:
 def lift(factor: np.ndarray, ndim: int) -> np.ndarray:
     """Prepend axes of size 1, as broadcasting does."""
     return factor if factor.ndim == ndim else factor.reshape((1,) * (ndim - factor.ndim) + factor.shape)
+
+
+_WIDTH_WORDS = (
+    "head", "group", "dim", "channel", "chs", "width", "inner", "hidden", "size", "feature", "plane", "embed",
+)  # fmt: skip
+
+
+def width_attributes(module: nn.Module) -> dict[str, int]:
+    """A module's integer attributes that by their names are widths or counts of channels."""
+    return {n: v for n, v in vars(module).items() if type(v) is int and any(word in n for word in _WIDTH_WORDS)}
+
+
+def size_lists(module: nn.Module) -> dict[str, list[int] | tuple[int, ...]]:
+    """A module's attributes that are lists of integers, such as the sizes that it splits an axis into."""
+    lists = {n: v for n, v in vars(module).items() if isinstance(v, (list, tuple)) and len(v) > 1}
+    return {n: v for n, v in lists.items() if all(type(size) is int for size in v)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +102,10 @@ class Labels:
         self.products: list[Product] = []
         self.grouped: list[tuple[str, str, np.ndarray, int]] = []
         self.statistics: list[Statistic] = []
+        self.normalised: list[tuple[str, np.ndarray]] = []
         self.reordered = False
         self.interleaved: dict[int, tuple[np.ndarray, int]] = {}  # by identity: array, how many rows are interleaved
+        self.modules: dict[str, nn.Module] = {}
         self.op: Op | None = None
         self._leaves: dict[str, list[np.ndarray]] = {}
         self._buffers: list[tuple[int, int]] = []  # least and greatest label of each buffer's axes
@@ -200,6 +219,18 @@ class Labels:
         assert self.op is not None
         if self.op.module not in self.trusted:
             self.suspects.append((factor.ravel(), self.op))
+
+    def held(self, places: Iterable[int]) -> bool:
+        """Whether the running module keeps all these sizes as attributes, which a removal can change along."""
+        assert self.op is not None
+        module = self.modules.get(self.op.module)
+        return module is not None and set(places) <= set(width_attributes(module).values())
+
+    def held_as_list(self, sizes: Sequence[int]) -> bool:
+        """Whether the running module keeps these sizes as one list."""
+        assert self.op is not None
+        module = self.modules.get(self.op.module)
+        return module is not None and any(list(v) == list(sizes) for v in size_lists(module).values())
 
     def balance_pieces(self, factor: np.ndarray, axis: int, pieces: Sequence[np.ndarray]) -> None:
         """Demand that equal pieces of an axis stay equally long.

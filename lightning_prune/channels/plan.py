@@ -8,12 +8,15 @@ from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.channels.alignment import RoundTo, resolve_round_to
 from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import Budget, CostModel, search
-from lightning_prune.channels.labels import FIXED
+from lightning_prune.channels.labels import FIXED, size_lists, width_attributes
+from lightning_prune.channels.recording import Value
 from lightning_prune.channels.residual import BlockScores
 from lightning_prune.channels.rules.shape import free_axes
 from lightning_prune.channels.scores import ChannelScores, fetch, resolve
@@ -239,6 +242,9 @@ def make_plan(graph: ChannelGraph, kept: np.ndarray, costs: CostModel | None = N
     plan.statistics = statistics_of(graph, stays)
     for module, sizes in normalised_sizes(graph.model, plan.statistics).items():
         plan.attributes.setdefault(module, {}).update(sizes)
+    for module, channels in labels.normalised:
+        if isinstance(graph.model.get_submodule(module), _NormBase) and not stays[channels].all():
+            plan.attributes[module] = {"num_features": int(stays[channels].sum())}
     for module, changes in _written_sizes(graph, stays).items():
         for attribute, value in changes.items():
             plan.attributes.setdefault(module, {}).setdefault(attribute, value)
@@ -255,34 +261,56 @@ def _group_counts(graph: ChannelGraph, stays: np.ndarray) -> dict[str, int]:
     return {module: int(stays[table].sum()) for _, module, table, _ in graph.labels.grouped}
 
 
-_WIDTH_WORDS = ("head", "group", "dim", "channel", "width", "inner", "hidden", "size", "feature", "plane", "embed")
-
-
-def _written_sizes(graph: ChannelGraph, stays: np.ndarray) -> dict[str, dict[str, int]]:
-    """Integer attributes of modules whose code spelled out a size that changes: head counts, inner widths."""
+def _written_sizes(graph: ChannelGraph, stays: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Attributes of modules whose code spelled out a size that changes: head counts, inner widths, sizes of pieces."""
     modules = dict(graph.model.named_modules())
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, Any]] = {}
     conflicts: set[tuple[str, str]] = set()
+
+    def change(module: str, attribute: str, after: Any) -> None:
+        if found.setdefault(module, {}).setdefault(attribute, after) != after:
+            conflicts.add((module, attribute))
+
     for factor, op in graph.labels.suspects:
         if stays[factor].all():
             continue
-        module = modules[op.module]
-        value = op.outs[0] if op.name not in ("split", "slice") else op.args[0]
+        cut = op.name.startswith(("split", "slice"))
+        value = op.args[0] if cut else op.outs[0]
         changes = size_changes(value.factors or [], stays)
         free = free_axes(op, len(value.shape))
         constant = {n for a, n in enumerate(value.shape) if a not in free and all(a != axis for axis, _, _ in changes)}
+        if cut:  # the pieces' own sizes too, along the axis that is cut
+            pieces = [one for out in op.outs for one in size_changes(out.factors or [], stays)]
+            changes += [(axis, before, after) for axis, before, after in pieces if value.shape[axis] != before]
         for axis, before, after in changes:
             if axis in free and before in constant:  # an attribute of this value holds the other size, which stays
                 continue
-            for attribute, number in vars(module).items():
-                if type(number) is not int or number != before or not any(w in attribute for w in _WIDTH_WORDS):
-                    continue
-                if found.get(op.module, {}).get(attribute, after) != after:
-                    conflicts.add((op.module, attribute))
-                found.setdefault(op.module, {})[attribute] = after
+            for attribute, number in width_attributes(modules[op.module]).items():
+                if number == before:
+                    change(op.module, attribute, after)
+        if len(op.outs) > 1:
+            for attribute, sizes in size_lists(modules[op.module]).items():
+                for axis in range(len(op.outs[0].shape)):
+                    if [out.shape[axis] for out in op.outs] == list(sizes):
+                        change(op.module, attribute, [_along(out, axis, stays) for out in op.outs])
+    for module, places, groups in _own_groups(graph, modules):
+        for attribute, number in width_attributes(modules[module]).items():
+            if number == groups and not stays[places].all():
+                change(module, attribute, int(stays[places].sum()))
     for name, attribute in conflicts:
         del found[name][attribute]
     return found
+
+
+def _own_groups(graph: ChannelGraph, modules: dict[str, nn.Module]) -> list[tuple[str, np.ndarray, int]]:
+    """Grouped convolutions that code other than torch's own modules calls: module, one label a group, groups."""
+    known = (_ConvNd, nn.GroupNorm)
+    return [(m, table, len(table)) for _, m, table, _ in graph.labels.grouped if not isinstance(modules[m], known)]
+
+
+def _along(value: Value, axis: int, stays: np.ndarray) -> int:
+    """How many positions of an axis stay."""
+    return next((after for a, _, after in size_changes(value.factors or [], stays) if a == axis), value.shape[axis])
 
 
 def size_changes(factors: list[np.ndarray], stays: np.ndarray) -> list[tuple[int, int, int]]:

@@ -206,7 +206,14 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict[str, str], thin: bool) -> ChannelGraph:
+def _trace(
+    model: nn.Module,
+    example_inputs: Any,
+    approximate: bool,
+    kinds: dict[str, str],
+    thin: bool,
+    settled: bool = False,
+) -> ChannelGraph:
     try:
         recordings = [record(model, example_inputs)]
     except TraceError:
@@ -218,7 +225,9 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict
         ) from error
     free = replaced_modules(model)
     thinned = frozenset(name for name, module in free.items() if thin and module.can_thin)
-    labels = propagate(recordings, Labels(approximate=approximate, trusted=frozenset(free), thinned=thinned))
+    labels = Labels(approximate=approximate, trusted=frozenset(free), thinned=thinned)
+    labels.modules = dict(model.named_modules())
+    propagate(recordings, labels)
     names = [name for name, _ in model.named_parameters()]
     unseen = _unseen(names, recordings)
     if unseen:
@@ -242,7 +251,8 @@ def _trace(model: nn.Module, example_inputs: Any, approximate: bool, kinds: dict
     if graph.labels.suspects:
         from lightning_prune.channels.fixed_sizes import freeze_fixed_sizes
 
-        freeze_fixed_sizes(graph)
+        if not freeze_fixed_sizes(graph, settled):
+            return _trace(model, example_inputs, approximate, kinds, thin, settled=True)
     return graph
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -247,6 +248,58 @@ def _norm_weight(w: int) -> nn.Module:
     return Net(lambda n, x: n.head(F.relu(n.a(x))), a=weight_norm(conv(3, w)), head=conv(w, 5))
 
 
+class Pieces(nn.Module):
+    """Cuts an axis into two uneven pieces, at places that it keeps as a list, as numbers, or as where to slice."""
+
+    def __init__(self, first: int, second: int, own: int, style: str) -> None:
+        super().__init__()
+        self.style, self.dim_first, self.dim_second = style, first, second
+        self.pieces = (first, second) if style == "list" else None
+        if style == "list":
+            self.dim_first = self.dim_second = 0
+        self.a, self.b, self.head = conv(3, first + second), conv(first, own), conv(second + own, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.style == "slice":
+            one, two = h[:, : self.dim_first], h[:, self.dim_first :]
+        else:
+            one, two = h.split(self.pieces if self.style == "list" else [self.dim_first, self.dim_second], 1)
+        return self.head(torch.cat([F.relu(two), F.relu(self.b(one))], 1))
+
+
+class Blur(nn.Module):
+    """A fixed filter for each channel, applied by code that keeps how many there are."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("kernel", torch.rand(channels, 1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel, padding=1, groups=self.channels)
+
+
+def _selective(w: int) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        paths = torch.stack([n.a(x), n.b(x)], 1)
+        chosen = n.choose(paths.sum(1).mean((2, 3))).unflatten(1, (2, -1)).softmax(1)
+        return n.head((paths * chosen[..., None, None]).sum(1))
+
+    return Net(run, a=conv(3, w), b=conv(3, w), choose=nn.Linear(w, 2 * w), head=conv(w, 5))
+
+
+def _regions(w: int) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        h = n.a(x)
+        boxes = [x.new_tensor([[0.0, 0.0, 4.0, 4.0]])] * len(x)
+        pooled = torch.zeros(len(boxes) + 1, h.shape[1], 2, 2, dtype=x.dtype)
+        pooled[torch.tensor([2, 0])] = torchvision.ops.roi_align(h, boxes, 2)
+        return n.head(pooled.flatten(1))
+
+    return Net(run, a=conv(3, w), head=nn.Linear(w * 4, 5))
+
+
 IMAGE = (2, 3, 8, 8)
 CASES = [
     Case("conv", lambda w: nn.Sequential(conv(3, w), nn.ReLU(), conv(w, 5)), IMAGE, [8]),
@@ -260,6 +313,7 @@ CASES = [
         conv(3, w), nn.InstanceNorm2d(w, affine=True), conv(w, 5)), IMAGE, [8]),
     Case("instance norm, statistics", lambda w: nn.Sequential(
         conv(3, w), nn.InstanceNorm2d(w, affine=True, track_running_stats=True), conv(w, 5)), IMAGE, [8]),
+    Case("instance norm, bare", lambda w: nn.Sequential(conv(3, w), nn.InstanceNorm2d(w), conv(w, 5)), IMAGE, [8]),
     Case("group norm", _group_norm, IMAGE, [4]),
     Case("prelu", lambda w: nn.Sequential(conv(3, w), nn.PReLU(w), conv(w, 5)), IMAGE, [8]),
     Case("prelu, one slope", lambda w: nn.Sequential(conv(3, w), nn.PReLU(), conv(w, 5)), IMAGE, [8]),
@@ -295,6 +349,11 @@ CASES = [
     Case("glu", lambda w: nn.Sequential(conv(3, 2 * w), nn.GLU(1), conv(w, 5)), IMAGE, [8]),
     Case("shuffle and chunk", _shuffle, IMAGE, [2, 2, 2, 2, 4]),
     Case("channel shuffle", lambda w: nn.Sequential(conv(3, w), nn.ChannelShuffle(2), conv(w, 5)), IMAGE, [4, 4]),
+    *[Case(f"uneven pieces, {style}", lambda w, style=style: Pieces(w // 2, 5 * w // 4, 2 * w, style), IMAGE,
+           [4, 10, 16]) for style in ("list", "numbers", "slice")],
+    Case("blur", lambda w: nn.Sequential(conv(3, w), Blur(w), conv(w, 5)), IMAGE, [8]),
+    Case("selective kernel", _selective, IMAGE, [8]),
+    Case("regions and rows", _regions, IMAGE, [8]),
     Case("squeeze and excite", _se, IMAGE, [8, 4]),
     Case("layer scale and buffer", _scaled, IMAGE, [8]),
     Case("called twice", _shared, IMAGE, [8]),

@@ -278,8 +278,36 @@ def test_several_removals_in_turn() -> None:
     assert model(inputs).shape == (1, 1000)
 
 
+SINGLE = [lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.to(dtype=torch.float32)]
+
+
+@pytest.mark.parametrize("ask", SINGLE)
+def test_a_model_that_asks_for_single_precision_by_name_is_checked_in_double(ask: Callable[[Tensor], Tensor]) -> None:
+    model = Net(lambda n, x: n.head(torch.relu(n.a(ask(x)))), a=conv(3, 8), head=conv(8, 4))
+    report = compact(model, _plan(model, INPUTS), INPUTS)
+    assert report.dtype == "float64"
+    assert model(INPUTS).dtype == torch.float32
+
+
+def test_gates_behind_growing_sums_are_seen() -> None:
+    """Branches added in each of many blocks grow until sigmoids are exactly 0 or 1 under weights of full size."""
+
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        h = n.stem(x)
+        for block in n.blocks:
+            h = h + block[0](h) + block[1](h)
+            h = h * torch.sigmoid(block[3](torch.relu(block[2](h.mean((2, 3), keepdim=True)))))
+        return n.head(h)
+
+    blocks = nn.ModuleList(
+        nn.ModuleList([conv(16, 16), conv(16, 16), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)]) for _ in range(20)
+    )
+    model = Net(run, stem=conv(3, 16), blocks=blocks, head=conv(16, 4))
+    assert compact(model, _plan(model, INPUTS), INPUTS).error < 1e-9
+
+
 def test_a_model_that_insists_on_single_precision_is_checked_in_it() -> None:
-    model = Net(lambda n, x: n.head(torch.relu(n.a(x.float()))), a=conv(3, 8), head=conv(8, 4))
+    model = Net(lambda n, x: n.head(torch.relu(n.a(x.type("torch.FloatTensor")))), a=conv(3, 8), head=conv(8, 4))
     report = compact(model, _plan(model, INPUTS), INPUTS)
     assert report.dtype == "float32"
     assert report.error < 1e-5

@@ -33,6 +33,8 @@ FROZEN = [
     ("cumsum", _wrap(lambda n, h: h.cumsum(1)), "cumsum is taken along it"),
     ("index", _wrap(lambda n, h: h[:, [1, 0, 2, 3, 4, 5, 6, 7]]), "looked up by number"),
     ("part", _wrap(lambda n, h: h[:, :3], 3), "a part of it is taken by fixed positions"),
+    ("one by one", _wrap(lambda n, h: h * h[:, :1]), "taken one by one"),
+    ("one by one, split", _wrap(lambda n, h: h * h.split(1, 1)[0]), "taken one by one"),
     ("uneven split", _wrap(lambda n, h: torch.cat(h.split([3, 5], 1), 1)), "pieces of fixed sizes"),
     ("flip", _wrap(lambda n, h: h.flip(1)), "flip moves its positions"),
     ("constant", _wrap(lambda n, h: h + torch.arange(8.0).view(1, 8, 1, 1)), "does not shrink"),
@@ -131,3 +133,40 @@ def test_labels_that_outgrow_memory_are_stopped(monkeypatch: pytest.MonkeyPatch)
     model = nn.Sequential(*[conv(8, 8) for _ in range(6)])
     with pytest.raises(TraceError, match=r"up to convolution in [0-9] gave 3[0-9] bonds .* more than the 30"):
         trace_channels(model, torch.rand(1, 8, 16, 16))
+
+
+def test_sizes_taken_from_what_a_module_within_reads_are_frozen() -> None:
+    """Code that lays out one tensor by the width of its input, which only a module within it reads."""
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = conv(8, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.inner(x).split([8, 4], 1)
+            return first.reshape(x.shape) * second.mean()
+
+    model = nn.Sequential(conv(3, 8), Outer(), conv(8, 6), conv(6, 4))
+    graph = trace_channels(model, IMAGE)
+    assert [g.name for g in graph.groups] == ["2"]
+    assert "holds its size fixed" in _reasons(model, IMAGE)["0.weight"]
+    compact(model, plan_removal(graph, Budget(channels=0.5)), IMAGE)
+
+
+def test_a_model_that_keeps_something_from_its_first_call_is_recorded_again() -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head, self.scale = conv(3, 8), conv(8, 4), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.scale is None:
+                self.scale = float(x.abs().mean() + 1)
+            h = self.a(x)
+            return self.head(h.reshape(h.shape) * self.scale)
+
+    model = Lazy()
+    graph = trace_channels(model, IMAGE)
+    assert [g.size for g in graph.groups] == [8]
+    compact(model, plan_removal(graph, Budget(channels=0.5)), IMAGE)

@@ -17,10 +17,11 @@ LAYERS: list[set[str]] = [
     {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking"},
     {"masks", "scores", "selection", "ranking", "counting", "record", "record_table", "costs"},
     {"channels"},
-    {"acceleration", "connectivity", "checkpoint", "compact_files", "coverage", "export"},
+    {"acceleration", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "reports"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -55,6 +56,10 @@ PUBLIC = [
     "ErrorRate",
     "LinearPath",
     "linear_mode_connectivity",
+    "ExportError",
+    "ExportReport",
+    "export_onnx",
+    "export_program",
     "FileFormatError",
     "IterativeMagnitudePruner",
     "LRRewind",

@@ -1,31 +1,44 @@
 """Whole networks: half of the channels leave; equal, trains a step, saved and loaded equal."""
 
 import pytest
-import torch
 
 from lightning_prune.channels import Budget
-from lightning_prune.coverage import check_model, input_size, torchvision_builder, torchvision_models
+from lightning_prune.reports.coverage import ZooModel, check_model
+from lightning_prune.reports.zoo import zoo
 
-SPREAD = {"resnet18": 0.3, "mobilenet_v3_small": 0.33, "squeezenet1_1": 0.4, "shufflenet_v2_x1_0": 0.4, "swin_t": 0.6}
-TOO_LARGE = {"vit_h_14", "regnet_y_128gf"}  # float64 with momentum takes more memory than 24 GiB
+ENTRIES = {entry.name: entry for entry in zoo()}
+SPREAD = [
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v3_small",
+    "torchvision/squeezenet1_1",
+    "torchvision/shufflenet_v2_x1_0",
+    "torchvision/swin_t",
+    "torchvision/lraspp_mobilenet_v3_large",
+    "torchvision/raft_small",
+    "timm/mixnet_s",
+    "timm/skresnet18",
+    "timm/rexnet_100",
+]
 
 
-def _check(name: str, most: float) -> None:
-    size = input_size(name)
-    row = check_model(name, torchvision_builder(name), torch.rand(2, 3, size, size), Budget(channels=0.5))
+def _check(entry: ZooModel) -> None:
+    row = check_model(entry, Budget(channels=0.5))
     assert row.failure == ""
+    assert row.dtype == "float64"
     assert row.error < 1e-9
     assert row.channels <= 0.5
-    assert row.macs <= most
+    assert row.macs <= entry.most_macs, row.shares
 
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_spread_of_networks(name: str) -> None:
-    _check(name, SPREAD[name])
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    _check(ENTRIES[name])
 
 
 @pytest.mark.zoo
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", [n for n in torchvision_models() if n not in TOO_LARGE])
-def test_every_classification_network(name: str) -> None:
-    _check(name, 0.6 if name.startswith(("vit", "swin", "maxvit", "convnext")) else 0.4)
+@pytest.mark.parametrize("name", [n for n in ENTRIES if n not in SPREAD])
+def test_every_network(name: str) -> None:
+    _check(ENTRIES[name])

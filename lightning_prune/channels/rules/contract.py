@@ -1,6 +1,7 @@
 """Operations that consume channels and issue new ones: convolution, linear maps, matrix products, attention."""
 
 import numpy as np
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_prune.channels.labels import Labels, span
 from lightning_prune.channels.recording import Op, Value
@@ -102,6 +103,8 @@ def _grouped(
         else:
             labels.unify(incoming, table[:, 0])
         labels.grouped.append((weight.name or "", op.module, table[:, 0], per_out))
+        if not isinstance(labels.modules.get(op.module), _ConvNd):
+            labels.suspect(issued)  # how many groups there are is up to code that is not torch's own
         return issued
     if per_out > 1:
         labels.balanced.append((issued.reshape(groups, per_out), op))

@@ -25,6 +25,12 @@ def batch_norm(labels: Labels, op: Op) -> None:
     # Statistics of the batch are taken over every axis but 1.
     others = [a for a in range(len(x.shape)) if a != 1]
     out.factors = labels.drop(x, others, "statistics are taken over it")
+    vectors = [f.reshape(-1) for f in out.factors if span(f) == (1,)]
+    for statistic in op.outs[1:]:
+        if statistic.shape == x.shape[1:2]:
+            statistic.factors = vectors
+    if not own and vectors:  # InstanceNorm without parameters: only an attribute says how wide it is
+        labels.normalised.append((op.module, np.unique(vectors[0])))
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
@@ -67,6 +73,9 @@ def group_norm(labels: Labels, op: Op) -> None:
     else:
         labels.collapse(table, [1])
         labels.grouped.append(("", op.module, table[:, 0], 1))
+        for statistic in op.outs[1:]:
+            if statistic.shape == (x.shape[0], groups):
+                statistic.factors = [table[:, 0].reshape(1, -1)]
     out.factors.append(ids.reshape((1, -1) + (1,) * (len(x.shape) - 2)))
 
 
@@ -145,6 +154,13 @@ def pool(labels: Labels, op: Op) -> None:
         labels.freeze(labels.factors(other), f"{op.name} reads it as places")
     for out in op.outs:
         out.factors = left if len(out.shape) == dims else []
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def region(labels: Labels, op: Op) -> None:
+    """Pool given boxes of given images: images and places are mixed, channels are not."""
+    labels.freeze([f for other in op.tensors()[1:] for f in labels.factors(other)], f"{op.name} reads it as boxes")
+    op.outs[0].factors = labels.drop(tensor(op, 0), [0, 2, 3], f"{op.name} reads it as images or places")
 
 
 @rule("_weight_norm_interface", "_weight_norm")

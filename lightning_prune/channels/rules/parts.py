@@ -9,6 +9,8 @@ from lightning_prune.channels.recording import Op, Value
 from lightning_prune.channels.rules.registry import argument, axes_of, rule, tensor
 from lightning_prune.channels.rules.shape import SIZE_FREE
 
+_ONE = "positions of it are taken one by one"
+
 
 @rule("cat", "concat", "concatenate")
 def cat(labels: Labels, op: Op) -> None:
@@ -86,12 +88,17 @@ def split(labels: Labels, op: Op) -> None:
             pieces = np.split(factor, np.cumsum(sizes)[:-1], axis=axis)
             if len(set(sizes)) > 1 and len(span(factor)) > 1:
                 pieces = [labels.collapse(factor, [axis])] * len(sizes)
+            elif len(set(sizes)) > 1 and (labels.held_as_list(sizes) or labels.held(sizes)):
+                labels.suspect(factor)
             elif len(set(sizes)) > 1:
                 labels.freeze(factor, "it is split into pieces of fixed sizes")
             else:
                 labels.balance_pieces(factor, axis, pieces)
                 if op.intent is None or op.intent[0] not in SIZE_FREE:
                     labels.suspect(factor)
+        if pieces[0].size == 1:
+            labels.freeze(factor, _ONE)
+            continue
         for out, piece in zip(op.outs, pieces, strict=True):
             assert out.factors is not None
             out.factors.append(piece)
@@ -112,12 +119,17 @@ def slice_(labels: Labels, op: Op) -> None:
         if factor.shape[axis] == 1 or (length == size and step == 1):
             out.factors.append(factor)
             continue
-        if step == 1 and length and size % length == 0 and start % length == 0:
+        if length == 1 and span(factor) == (axis,):
+            labels.freeze(factor, _ONE)
+        elif step == 1 and length and size % length == 0 and start % length == 0:
             labels.balance_pieces(factor, axis, np.split(factor, size // length, axis=axis))
             labels.suspect(factor)
             out.factors.append(np.take(factor, range(start, start + length), axis=axis))
         elif len(span(factor)) > 1:  # within rows that leave whole, positions stay where they are
             out.factors.append(labels.collapse(factor, [axis]))
+        elif step == 1 and length and labels.held({start, start + length} - {0, size}):
+            labels.suspect(factor)
+            out.factors.append(np.take(factor, range(start, start + length), axis=axis))
         else:
             labels.freeze(factor, "a part of it is taken by fixed positions")
 
@@ -137,7 +149,7 @@ def select(labels: Labels, op: Op) -> None:
         out.wild = frozenset(a - (a > axis) for a in x.wild if a != axis)
     for factor in labels.factors(x):
         if span(factor) == (axis,):
-            labels.freeze(factor, "positions of it are taken one by one")
+            labels.freeze(factor, _ONE)
             continue
         for out, pick in zip(op.outs, picks, strict=True):
             assert out.factors is not None
@@ -190,7 +202,33 @@ def as_strided(labels: Labels, op: Op) -> None:
         out.factors = []
 
 
-@rule("index", "index_put_", "index_put", "_index_put_impl_")
+@rule("index_put_", "index_put", "_index_put_impl_")
+def index_put(labels: Labels, op: Op) -> None:
+    """Write rows by number: rows stay, and along other axes what is written and what it is written into agree."""
+    x, values, out = tensor(op, 0), tensor(op, 2), op.outs[0]
+    picks: list[Any] = list(op.args[1])
+    labels.freeze([f for pick in picks if pick is not None for f in labels.factors(pick)], "it is used as positions")
+    if len(picks) != 1 or len(picks[0].shape) != 1 or len(values.shape) > len(x.shape):
+        labels.freeze(labels.factors(x), "its positions are written by number")
+        labels.freeze(labels.factors(values), "it is written by number")
+        return
+    rows = []
+    for value in (x, values):
+        rest = Value(tuple([1, *value.shape[1:]] if len(value.shape) == len(x.shape) else value.shape))
+        axes = [0] if len(value.shape) == len(x.shape) else []
+        rest.factors = labels.drop(value, axes, "rows are written by number")
+        rest.wild = value.wild
+        rows.append(rest)
+    made = x.factors == []
+    out.factors = labels.join(rows, (1, *x.shape[1:]))
+    if made and x.wild:  # made by a factory, with a size that only a trial can tell to follow
+        for factor in out.factors:
+            labels.suspect(factor)
+    out.wild = x.wild - {a for f in out.factors for a in span(f)}
+    x.factors, x.wild = out.factors, out.wild
+
+
+@rule("index")
 def index(labels: Labels, op: Op) -> None:
     """Look positions up by number: what is looked up stays, other axes go on."""
     x, out = tensor(op, 0), op.outs[0]
@@ -202,10 +240,6 @@ def index(labels: Labels, op: Op) -> None:
     left = labels.drop(x, looked, "its positions are looked up by number")
     for pick in (picks[a] for a in looked):
         labels.freeze(labels.factors(pick), "it is used as positions")
-    if op.name != "index":
-        labels.freeze(labels.factors(x), "its positions are written by number")
-        labels.freeze([f for v in op.tensors() for f in labels.factors(v)], "it is written by number")
-        return
     grown = len(out.shape) - (len(x.shape) - len(looked))
     if masks or looked != list(range(looked[0], looked[-1] + 1)):
         labels.freeze(left, "several axes are looked up at once")
