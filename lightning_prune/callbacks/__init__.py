@@ -7,6 +7,7 @@ from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
 from lightning_prune.callbacks.plans import load_compact_checkpoint
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.callbacks.slimming import SlimmingRegularizer
+from lightning_prune.callbacks.slimming_pruner import SlimmingPruner
 from lightning_prune.callbacks.tickets import TicketWriter
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LRRewind",
     "Position",
     "PruneEvent",
+    "SlimmingPruner",
     "SlimmingRegularizer",
     "TicketWriter",
     "WeightRewind",

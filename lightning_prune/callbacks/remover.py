@@ -120,6 +120,14 @@ class ChannelRemover(RoundPruner):
         """
         return plan_removal(graph, budget, scores, self.round_to, self.min_channels)
 
+    def check_budget(self, graph: ChannelGraph, budget: Budget) -> None:
+        """See, before anything is trained, that the last budget can be met.
+
+        Raises:
+            BudgetError: It cannot.
+        """
+        plan_removal(graph, budget, None, self.round_to, self.min_channels)
+
     # ------------------------------------------------------------------- set up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -164,7 +172,7 @@ class ChannelRemover(RoundPruner):
                 self._groups = {group.name: (group.size, group.size) for group in graph.groups}
             if self._running.round < self.rounds:
                 last = rest_of(self.budgets[-1], self._costs[self.budgets[-1].what])
-                plan_removal(graph, last, None, self.round_to, self.min_channels)
+                self.check_budget(graph, last)
             return graph
 
         together(look)

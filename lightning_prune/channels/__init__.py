@@ -5,7 +5,7 @@ from lightning_prune.channels.blocks import Blocks, find_blocks, score_blocks
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.compact import CompactReport, compact
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis
-from lightning_prune.channels.plan import RemovalPlan, plan_removal
+from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
 from lightning_prune.channels.residual import Block
 from lightning_prune.channels.scores import score_batch_norm, score_norms, score_taylor
 from lightning_prune.channels.trace import ChannelGraph, trace_channels
@@ -23,6 +23,7 @@ __all__ = [
     "compact",
     "find_blocks",
     "plan_removal",
+    "plan_widths",
     "score_batch_norm",
     "score_blocks",
     "score_norms",

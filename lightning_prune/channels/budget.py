@@ -253,19 +253,21 @@ class _Removals:
         round_to: int,
         min_channels: int,
         ranked: Sequence[np.ndarray] | None,
+        max_fraction: float,
     ) -> None:
         self.sizes = sizes
         self.families = [Family(graph, members, min_channels) for members in families(graph)]
         bound = {int(g) for family in self.families for g in family.members}
         self.groups = [g for g in range(len(graph.groups)) if g not in bound]
-        self.widths = [np.array(allowed_widths(graph.groups[g], round_to, min_channels)) for g in self.groups]
+        low = np.maximum(min_channels, np.ceil(sizes * (1 - max_fraction) - 1e-9)).astype(int)
+        self.widths = [np.array(allowed_widths(graph.groups[g], round_to, int(low[g]))) for g in self.groups]
         keys = []
         for g, widths in zip(self.groups, self.widths, strict=True):
             if ranked is None:
                 keys.append(-widths[:-1] / sizes[g])
             else:
                 keys.append(ranked[g][sizes[g] - widths[1:] - 1])
-        steps = np.arange(1, LEVELS)
+        steps = np.arange(1, min(LEVELS - 1, int(LEVELS * max_fraction)) + 1)
         for family in self.families:
             if ranked is None:
                 keys.append(-(LEVELS - steps + 1) / LEVELS)
@@ -299,6 +301,7 @@ def search(
     round_to: int,
     min_channels: int,
     ranked: Sequence[np.ndarray] | None,
+    max_fraction: float = 1.0,
 ) -> np.ndarray:
     """Find how many channels of each group stay.
 
@@ -312,6 +315,7 @@ def search(
         min_channels: No group gets narrower.
         ranked: Each group's channel scores in ascending order: removals go by score over all groups. None: every group
             loses the same fraction.
+        max_fraction: At most this fraction of a group leaves.
 
     Returns:
         Channels kept, for each group.
@@ -319,7 +323,7 @@ def search(
     Raises:
         BudgetError: Even the narrowest network costs more.
     """
-    removals = _Removals(graph, costs.sizes, round_to, min_channels, ranked)
+    removals = _Removals(graph, costs.sizes, round_to, min_channels, ranked, max_fraction)
     full = costs.cost(budget.what, costs.sizes)
     limit = budget.fraction * full
     low, high = 0, len(removals)
@@ -334,6 +338,6 @@ def search(
         raise BudgetError(
             f"Budget({budget.what}={budget.fraction}) cannot be met: with every group at its narrowest "
             f"{costs.cost(budget.what, found) / max(full, 1):.4f} of the {budget.what} stay. Raise the budget, or "
-            "lower min_channels or round_to."
+            "lower min_channels, round_to or what else holds widths (max_layer_fraction)."
         )
     return found

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from lightning_prune.channels.alignment import RoundTo, resolve_round_to
 from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.attention import narrowed, replaced
-from lightning_prune.channels.budget import Budget, CostModel, search
+from lightning_prune.channels.budget import LEVELS, Budget, CostModel, Family, families, search
 from lightning_prune.channels.labels import FIXED, size_lists, width_attributes
 from lightning_prune.channels.recording import Value
 from lightning_prune.channels.residual import BlockScores
@@ -23,6 +23,7 @@ from lightning_prune.channels.scores import ChannelScores, fetch, resolve
 from lightning_prune.channels.surgery import check_fits, leaf_attributes
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError, FileFormatError, TraceError
+from lightning_prune.prunable import close_names
 from lightning_prune.wrappers import bare, uncompiled
 
 VERSION = 1
@@ -117,6 +118,7 @@ def plan_removal(
     min_channels: int = 1,
     scope: str = "layer",
     granularity: str = "channel",
+    max_layer_fraction: float = 1.0,
 ) -> RemovalPlan:
     """Choose which channels leave, or which residual blocks.
 
@@ -131,8 +133,9 @@ def plan_removal(
         min_channels: Least width of a group, at least 1.
         scope: ``"layer"``: every group loses the same fraction. ``"global"``: scores of all groups compete.
         granularity: ``"channel"``, or ``"block"``: residual blocks leave whole, see :func:`plan_blocks`, and ``scores``
-            has a number for each block; the three arguments before this one are not for blocks. Plans of both kinds
-            can follow each other on one model, which is traced anew in between.
+            has a number for each block; the three arguments before this one, and the next, are not for blocks. Plans of
+            both kinds can follow each other on one model, which is traced anew in between.
+        max_layer_fraction: At most this fraction of any group leaves, in (0, 1].
 
     Returns:
         The plan. It holds what stays of each parameter and buffer, so it can be replayed on a fresh model.
@@ -149,27 +152,80 @@ def plan_removal(
     if granularity == "block":
         from lightning_prune.channels.blocks import plan_blocks
 
-        if (round_to, min_channels, scope) != (1, 1, "layer"):
-            raise ConfigError("round_to, min_channels and scope are for channels; leave them out with blocks.")
+        if (round_to, min_channels, scope, max_layer_fraction) != (1, 1, "layer", 1.0):
+            raise ConfigError(
+                "round_to, min_channels, scope and max_layer_fraction are for channels; leave them out with blocks."
+            )
         return plan_blocks(graph, budget, cast("BlockScores | None", scores))
     round_to = resolve_round_to(round_to, graph.model)
     if min_channels < 1:
         raise ConfigError(f"min_channels={min_channels} must be at least 1.")
     if scope not in ("layer", "global"):
         raise ConfigError(f"scope={scope!r}: expected 'layer' or 'global'.")
+    if not 0 < max_layer_fraction <= 1:
+        raise ConfigError(f"max_layer_fraction={max_layer_fraction!r} must lie in (0, 1].")
+    _check_any(graph)
+    chosen = cast("ChannelScores | None", scores)
+
+    def widths(costs: CostModel, values: list[np.ndarray]) -> np.ndarray:
+        ranked = [np.sort(v) for v in values] if scope == "global" else None
+        return search(graph, budget, costs, round_to, min_channels, ranked, max_layer_fraction)
+
+    with uncompiled(graph.model):
+        return _plan(graph, widths, chosen)
+
+
+def plan_widths(graph: ChannelGraph, widths: Mapping[str, int], scores: ChannelScores | None = None) -> RemovalPlan:
+    """Choose which channels leave where it is known how many of each group stay.
+
+    Args:
+        graph: The traced model.
+        widths: Channels that stay, by group name, from 1 to the group's size; a group that is not named stays whole.
+            Groups that are bound to each other come as near to the fraction that all of them together keep as their
+            balance allows.
+        scores: As for :func:`plan_removal`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: A name that is no group's, or a width that would empty or widen it.
+    """
+    sizes = {group.name: group.size for group in graph.groups}
+    for name, width in widths.items():
+        if name not in sizes:
+            raise ConfigError(f"widths names {name!r}, which is no group{close_names(name, sizes)}")
+        if not 1 <= width <= sizes[name]:
+            raise ConfigError(
+                f"{width} of {sizes[name]} channels of {name} would stay; expected from 1 (a layer cannot be emptied) "
+                f"to {sizes[name]}."
+            )
+    _check_any(graph)
+
+    def wanted(costs: CostModel, values: list[np.ndarray]) -> np.ndarray:
+        found = np.array([widths.get(group.name, group.size) for group in graph.groups])
+        for members in families(graph):
+            level = round(LEVELS * float(found[members].sum() / costs.sizes[members].sum()))
+            found[members] = Family(graph, members, 1).state(max(1, level))
+        return found
+
+    with uncompiled(graph.model):
+        return _plan(graph, wanted, scores)
+
+
+def _check_any(graph: ChannelGraph) -> None:
     if not graph.groups:
         raise ConfigError("no channel of this model can leave; graph.explain() says why.")
-    with uncompiled(graph.model):
-        return _plan(graph, budget, cast("ChannelScores | None", scores), round_to, min_channels, scope)
 
 
 def _plan(
-    graph: ChannelGraph, budget: Budget, scores: ChannelScores | None, round_to: int, min_channels: int, scope: str
+    graph: ChannelGraph,
+    choose_widths: Callable[[CostModel, list[np.ndarray]], np.ndarray],
+    scores: ChannelScores | None,
 ) -> RemovalPlan:
     values = [resolve(scores, group, graph.model).numpy() for group in graph.groups]
     costs = CostModel(graph)
-    ranked = [np.sort(v) for v in values] if scope == "global" else None
-    widths = search(graph, budget, costs, round_to, min_channels, ranked)
+    widths = choose_widths(costs, values)
     if graph.labels.reordered and any(group.tied for group in graph.groups):
         return _shuffled_plan(graph, widths, values)
     kept = choose(graph, values, widths)
@@ -179,7 +235,7 @@ def _plan(
 
         groups = len(graph.groups)
         if not followed(graph, plan, kept) and len(graph.groups) < groups:  # what is left is planned anew
-            return plan_removal(graph, budget, scores, round_to, min_channels, scope)
+            return _plan(graph, choose_widths, scores)
     return plan
 
 

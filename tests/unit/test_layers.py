@@ -72,6 +72,7 @@ PUBLIC = [
     "ResumeError",
     "RunRecord",
     "SelectionError",
+    "SlimmingPruner",
     "SlimmingRegularizer",
     "Ticket",
     "TicketWriter",
