@@ -15,7 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
-from lightning_prune.callbacks import IterativeMagnitudePruner
+from lightning_prune.callbacks.pruner import RoundPruner
+from lightning_prune.callbacks.remover import COMPACT_NAME
 from lightning_prune.errors import FileFormatError, PruneError
 from lightning_prune.record import JSON_NAME, RunRecord
 
@@ -70,7 +71,7 @@ class PruneCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Evaluate on test data, complete the record, and say where everything is."""
-        pruners = [c for c in self.trainer.callbacks if isinstance(c, IterativeMagnitudePruner)]  # type: ignore[attr-defined]
+        pruners = [c for c in self.trainer.callbacks if isinstance(c, RoundPruner)]  # type: ignore[attr-defined]
         folder = pruners[0].folder if pruners else None
         has_test = self.datamodule is not None and is_overridden("test_dataloader", self.datamodule)
         if self.config["fit"].test_after_fit and has_test and is_overridden("test_step", self.model):
@@ -110,8 +111,12 @@ def closing_lines(folder: Path) -> str:
     lines = [f"\nThis run is in {folder}:", f"  record of every round   {JSON_NAME}, rounds.csv"]
     tickets = sorted((folder / "tickets").glob("*.safetensors"))
     checkpoints = sorted((folder / "checkpoints").glob("*.ckpt"))
+    compact = (folder / COMPACT_NAME).exists()
     if tickets:
-        lines.append(f"  tickets (mask, weights) tickets/{tickets[0].name} to {tickets[-1].name}")
+        what = "compact networks        " if compact else "tickets (mask, weights) "
+        lines.append(f"  {what}tickets/{tickets[0].name} to {tickets[-1].name}")
+    if compact:
+        lines.append(f"  the compact network     {COMPACT_NAME} (load_compact)")
     if checkpoints:
         lines.append(f"  checkpoints             checkpoints/ ({len(checkpoints)})")
     lines += [
@@ -119,7 +124,7 @@ def closing_lines(folder: Path) -> str:
         f"  this run as a table     lightning-prune report {folder}",
         "  another length or seed  --trainer.max_epochs 30, --seed_everything 1",
     ]
-    if (folder / "checkpoints" / "last.ckpt").exists():
+    if (folder / "checkpoints" / "last.ckpt").exists() and not compact:
         lines.append(f"  more rounds             raise rounds, then --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}")
     return "\n".join(lines)
 

@@ -34,6 +34,7 @@ from lightning_prune.times import TrainTime
 from lightning_prune.wrappers import bare, uncompiled
 
 COSTS = ("channels", "params", "macs")
+COMPACT_NAME = "compact.safetensors"
 
 
 class ChannelRemover(RoundPruner):
@@ -284,7 +285,7 @@ class ChannelRemover(RoundPruner):
         """Write the compact network."""
         super().on_fit_end(trainer, pl_module)
         if self.folder is not None and trainer.is_global_zero and self._digest:
-            save_compact(self._target(pl_module), self.folder / "compact.safetensors")
+            save_compact(self._target(pl_module), self.folder / COMPACT_NAME)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the module its own checkpoint hooks back."""
