@@ -1,6 +1,7 @@
 """compact(): the gate can fail, failures leave everything as it was, optimizers and graphs go on."""
 
 import copy
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -304,6 +305,34 @@ def test_gates_behind_growing_sums_are_seen() -> None:
     )
     model = Net(run, stem=conv(3, 16), blocks=blocks, head=conv(16, 4))
     assert compact(model, _plan(model, INPUTS), INPUTS).error < 1e-9
+
+
+@pytest.mark.parametrize("chaotic", [2, 12])
+def test_draws_that_amplify_rounding_are_drawn_again(chaotic: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sines of huge angles hang on their last bits; a wrong plan is refused under the first draw that shows it."""
+    equality = sys.modules["lightning_prune.channels.equality"]
+    drawn, seeds = equality.random_tensors, []
+
+    def draw(model: nn.Module, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+        seeds.append(seed)
+        tensors = drawn(model, dtype, seed)
+        tensors["head.weight"] = tensors["head.weight"] * (1e16 if seed < chaotic else 1)
+        return tensors
+
+    monkeypatch.setattr(equality, "random_tensors", draw)
+    model = Net(lambda n, x: n.head(torch.relu(n.a(x))).sin(), a=conv(3, 64), head=conv(64, 4))
+    plan = _plan(model, INPUTS)
+    if chaotic == 12:
+        with pytest.raises(EqualityError, match="amplifies rounding"):
+            compact(model, plan, INPUTS)
+        return
+    wrong = copy.deepcopy(plan)
+    wrong.keep["a.weight"][0] = sorted({*range(64)} - {*wrong.keep["a.weight"][0]})
+    with pytest.raises(EqualityError, match="differs from its masked parent"):
+        compact(model, wrong, INPUTS)
+    assert max(seeds) == 2
+    assert compact(model, plan, INPUTS).error < 1e-9
+    assert max(seeds) == 2
 
 
 def test_a_model_that_insists_on_single_precision_is_checked_in_it() -> None:
