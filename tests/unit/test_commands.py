@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune import Budget, compact, plan_removal, save_compact, trace_channels
-from lightning_prune.channels import ChannelGroup
+from lightning_prune import Budget, RemovalPlan, compact, plan_removal, save_compact, trace_channels
+from lightning_prune.channels import ChannelGraph
 from lightning_prune.cli import main
 from lightning_prune.commands import models as models_command
 from lightning_prune.reports.coverage import CoverageTable, ZooModel, check_model
@@ -198,17 +198,29 @@ def test_the_checks_behind_a_row_can_fail(fault: str, monkeypatch: pytest.Monkey
     """Each promise of a row, broken once."""
     import lightning_prune.reports.coverage as coverage
 
-    if fault == "check":
+    if fault == "check":  # other channels are read than those that were made
+        real = coverage.plan_removal
 
-        def wrong(self: ChannelGroup, name: str, axis: int) -> object:
-            raise RuntimeError("positions")
+        def wrong(graph: ChannelGraph, budget: Budget) -> RemovalPlan:
+            plan = real(graph, budget)
+            plan.keep["2.weight"][1] = sorted(set(range(8)) - set(plan.keep["2.weight"][1]))
+            return plan
 
-        monkeypatch.setattr(ChannelGroup, "positions", wrong)
+        monkeypatch.setattr(coverage, "plan_removal", wrong)
     if fault == "still":
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
     if fault == "reload":
-        monkeypatch.setattr(coverage, "load_compact", lambda model, path: model)
-    assert check_model(_entry("x"), Budget(channels=0.5)).failure
+        real_load = coverage.load_compact
+        monkeypatch.setattr(coverage, "load_compact", lambda model, path: _shifted(real_load(model, path)))
+    failure = check_model(_entry("x"), Budget(channels=0.5)).failure
+    expected = {"check": "differs from its masked parent", "still": "did not move", "reload": "gives other outputs"}
+    assert expected[fault] in failure
+
+
+def _shifted(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model[0].bias.add_(1)  # type: ignore[index]
+    return model
 
 
 def test_the_networks_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ def _check(entry: ZooModel) -> None:
     assert row.macs <= entry.most_macs, row.shares
 
 
+@pytest.mark.filterwarnings("ignore")  # the networks' own
 @pytest.mark.parametrize("name", SPREAD)
 def test_a_spread_of_networks(name: str) -> None:
     if name.startswith("timm/"):
@@ -39,6 +40,7 @@ def test_a_spread_of_networks(name: str) -> None:
 
 @pytest.mark.zoo
 @pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [n for n in ENTRIES if n not in SPREAD])
 def test_every_network(name: str) -> None:
     _check(ENTRIES[name])
