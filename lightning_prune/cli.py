@@ -24,6 +24,7 @@ COMMANDS = {
     "channels": "lightning_prune.commands.channels",
     "export": "lightning_prune.commands.export",
     "models": "lightning_prune.commands.models",
+    "profile": "lightning_prune.commands.profile",
     "report": "lightning_prune.commands.report",
 }
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
