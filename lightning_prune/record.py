@@ -49,6 +49,7 @@ class Round:
         stopped_early: Whether the round ended before its last step.
         unit: What ``kept``, ``total``, ``removed`` and ``per_layer`` count: ``"weights"`` (of masked tensors) or
             ``"channels"`` (of groups that can leave).
+        start_metrics: ``{name: value}`` right after the event that opened the round, before training, where measured.
         costs: ``{"channels" | "params" | "macs": (now, of the dense network)}`` where channels are removed: prunable
             channels, all parameters, multiply-adds at the example inputs.
 
@@ -72,6 +73,7 @@ class Round:
     ticket: str | None = None
     stopped_early: bool = False
     unit: str = "weights"
+    start_metrics: Mapping[str, float] = field(default_factory=dict)
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class Round:
             plain = {
                 "per_layer": {str(k): (int(kept), int(total)) for k, (kept, total) in self.per_layer.items()},
                 "metrics": {str(k): float(v) for k, v in self.metrics.items()},
+                "start_metrics": {str(k): float(v) for k, v in self.start_metrics.items()},
                 "learning_rates": tuple(float(v) for v in self.learning_rates),
                 "best": None if self.best is None else _plain(self.best, f"{where}, best"),
                 "stopped_early": bool(self.stopped_early),
@@ -344,9 +347,14 @@ def _write_csv(path: Path, rows: list[dict[str, Any]], seconds: list[float | Non
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    flat = {k: v for k, v in row.items() if k not in ("per_layer", "metrics", "learning_rates", "best", "costs")}
+    flat = {
+        k: v
+        for k, v in row.items()
+        if k not in ("per_layer", "metrics", "learning_rates", "best", "costs", "start_metrics")
+    }
     best = dict(row["best"] or {})
     flat |= {f"metrics/{k}": v for k, v in row["metrics"].items()}
+    flat |= {f"start/{k}": v for k, v in row["start_metrics"].items()}
     flat |= {f"best/{k}": v for k, v in best.pop("metrics", {}).items()}
     flat |= {f"best_{k}": v for k, v in best.items()}
     flat |= {f"learning_rate_{i}": v for i, v in enumerate(row["learning_rates"])}

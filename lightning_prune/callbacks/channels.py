@@ -78,6 +78,8 @@ class ChannelPruner(ChannelRemover):
         mode: ``"max"`` or ``"min"``, for ``monitor``.
         dirpath: Folder of ``record.json``, ``rounds.csv`` and ``compact.safetensors``. Default: the run folder; without
             a logger none.
+        validate_cuts: Validate right after each cut too, before training goes on: the record then says what the cut
+            itself cost (``start_metrics``). The module's validation runs once more a cut, unheard by other callbacks.
         seed: Seeds ``"random"``.
         verbose: Print one line after each round.
 
@@ -119,6 +121,7 @@ class ChannelPruner(ChannelRemover):
         monitor: str | None = None,
         mode: str | None = None,
         dirpath: str | Path | None = None,
+        validate_cuts: bool = False,
         seed: int = 0,
         verbose: bool = True,
     ) -> None:
@@ -139,6 +142,7 @@ class ChannelPruner(ChannelRemover):
             monitor,
             mode,
             dirpath,
+            validate_cuts,
             verbose,
         )
         self.criterion, self.scope, self.reduction = criterion, scope, reduction

@@ -84,6 +84,10 @@ class RoundPruner(Callback):
     def after_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """When every listener has had the event: hold what they changed to it."""
 
+    def measure_start(self, trainer: pl.Trainer) -> dict[str, float]:
+        """What is measured of the new round's network before it is trained, for the record."""
+        return {}
+
     @abstractmethod
     def counts(self) -> dict[str, Any]:
         """What the round that is under way is trained with, as fields of :class:`Round`."""
@@ -174,7 +178,8 @@ class RoundPruner(Callback):
         monitors.cut_averages(trainer, pl_module, event.masks, rewound)
         monitors.start_anew(trainer)
         monitors.name_checkpoints(trainer, schedule.round, self._names)
-        self._recorder.begin_round(trainer, event, self._ticket_path(trainer, event.round))
+        start = self.measure_start(trainer)
+        self._recorder.begin_round(trainer, event, self._ticket_path(trainer, event.round), start)
         if schedule.rewound is not None and schedule.rewound.batch:
             self._resume.fast_forward_next_epoch(schedule.rewound.batch)
 

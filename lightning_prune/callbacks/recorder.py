@@ -39,6 +39,7 @@ class RoundRecorder:
         self._best: dict[str, Any] | None = None
         self._removed = 0
         self._ticket: str | None = None
+        self._start: dict[str, float] = {}
         self._earlier: dict[str, Any] = {}
         self._since = time.monotonic()
         self._header_shown = False
@@ -61,7 +62,7 @@ class RoundRecorder:
             self.record.method = method  # more rounds than before are allowed
             self._write(trainer)
             return
-        self._metrics, self._best, self._removed, self._ticket = {}, None, 0, None
+        self._metrics, self._best, self._removed, self._ticket, self._start = {}, None, 0, None, {}
         if self.folder is not None and trainer.is_global_zero:
             check_free(self.folder)
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -98,13 +99,17 @@ class RoundRecorder:
                 "metrics": dict(self._metrics),
             }
 
-    def begin_round(self, trainer: pl.Trainer, event: PruneEvent, ticket: Path | None) -> None:
-        """Remember what opened the round."""
+    def begin_round(
+        self, trainer: pl.Trainer, event: PruneEvent, ticket: Path | None, start: Mapping[str, float]
+    ) -> None:
+        """Remember what opened the round, and what was measured right after it."""
         self._removed = event.removed
+        self._start = dict(start)
         self._ticket = None if ticket is None else self._relative(ticket)
         self._best = None
         self._since = time.monotonic()
         numbers = {"prune/round": event.round, "prune/density": event.density, "prune/kept": event.kept}
+        numbers |= {f"prune/start/{name}": value for name, value in start.items()}
         numbers |= {f"prune/{name}": now / dense for name, (now, dense) in event.costs.items() if dense}
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=trainer.global_step)
@@ -133,6 +138,7 @@ class RoundRecorder:
             best=self._best,
             best_checkpoint=None if best is None else self._relative(Path(best)),
             ticket=self._ticket,
+            start_metrics=self._start,
             stopped_early=schedule.stopped_early,
             **counts,
         )
@@ -177,6 +183,7 @@ class RoundRecorder:
             "best": self._best,
             "removed": self._removed,
             "ticket": self._ticket,
+            "start": dict(self._start),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -186,6 +193,7 @@ class RoundRecorder:
         self._best = state["best"]
         self._removed = state["removed"]
         self._ticket = state["ticket"]
+        self._start = dict(state.get("start", {}))
 
 
 def _is_number(value: Any) -> bool:

@@ -17,6 +17,7 @@ from lightning_prune.callbacks.plans import forget_plans, keep_plans, write_plan
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, check_strategy, remove
 from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.callbacks.validation import validate_quietly
 from lightning_prune.channels.alignment import RoundTo
 from lightning_prune.channels.budget import Budget, CostModel
 from lightning_prune.channels.compact import verify
@@ -56,6 +57,7 @@ class ChannelRemover(RoundPruner):
         monitor: Metric shown and recorded per round.
         mode: ``"max"`` or ``"min"``.
         dirpath: Folder of the record.
+        validate_cuts: Validate right after each cut too, before training goes on.
         verbose: Print one line after each round.
     """
 
@@ -73,6 +75,7 @@ class ChannelRemover(RoundPruner):
         monitor: str | None = None,
         mode: str | None = None,
         dirpath: str | Path | None = None,
+        validate_cuts: bool = False,
         verbose: bool = True,
     ) -> None:
         self.at = [TrainTime.parse(time, "at") for time in ([at] if isinstance(at, str | TrainTime) else at)]
@@ -87,6 +90,7 @@ class ChannelRemover(RoundPruner):
             check_count("round_to", round_to)
         self.round_to, self.min_channels, self.exclude = round_to, min_channels, tuple(exclude)
         self.module, self.example_inputs, self.approximate = module, example_inputs, approximate
+        self.validate_cuts = validate_cuts
         self.reset()
 
     def reset(self) -> None:
@@ -268,6 +272,10 @@ class ChannelRemover(RoundPruner):
             dict(self._costs),
         )
 
+    def measure_start(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Validation metrics of the compact network before it is trained, if asked for."""
+        return validate_quietly(trainer) if self.validate_cuts else {}
+
     def counts(self) -> dict[str, Any]:
         """Channels, parameters and MACs kept."""
         costs = self._costs or dict.fromkeys(COSTS, (0, 0))
@@ -315,6 +323,7 @@ class ChannelRemover(RoundPruner):
             "exclude": list(self.exclude),
             "module": self.module,
             "approximate": self.approximate,
+            "validate_cuts": self.validate_cuts,
             "round_length": None if self.round_length is None else str(self.round_length),
         }
 

@@ -516,3 +516,47 @@ def test_generators_are_not_disturbed(tmp_path: Path) -> None:
     with pytest.warns(NoEffectWarning):
         pruned = run([pruner(budget=Budget(channels=1.0), at=["3st", "1ep"])])
     assert all(torch.equal(a, b) for a, b in zip(pruned, run([]), strict=True))
+
+
+@pytest.mark.parametrize("at", ["1ep", "7st"])
+def test_what_a_cut_itself_cost(tmp_path: Path, at: str) -> None:
+    """Validated right after it: what the compact network gives then, and nothing else is any different for it."""
+    states: list[dict[str, Tensor]] = []
+
+    class Keep(pl.Callback):
+        validations = 0
+
+        def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: Any) -> None:
+            states.append({n: t.detach().clone() for n, t in pl_module.network.state_dict().items()})
+
+        def on_validation_end(self, *_: Any) -> None:
+            Keep.validations += 1
+
+    def run(measured: bool) -> tuple[RunRecord, list[Tensor]]:
+        torch.manual_seed(7)
+        prune = pruner(at=at, validate_cuts=measured, monitor="val_loss", mode="min")
+        module = ToyModule(wide_network(dropout=0.3))
+        run = trainer(
+            tmp_path, [prune, Keep(), EarlyStopping("val_loss", patience=9)], max_epochs=3, val_check_interval=4
+        )
+        train, _ = loaders(shuffle=True)
+        run.fit(module, train, loaders()[1])
+        return RunRecord.read(prune.folder), [p.detach() for p in module.parameters()]
+
+    plain, weights = run(False)
+    heard = Keep.validations
+    record, same = run(True)
+    assert Keep.validations == 2 * heard
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
+    assert [row.metrics for row in record.rounds] == [row.metrics for row in plain.rounds]
+    assert [row.best for row in record.rounds] == [row.best for row in plain.rounds]
+    assert plain.rounds[1].start_metrics == {}
+    narrow = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8),
+                           nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()  # fmt: skip
+    narrow.load_state_dict(states[-1])
+    x, y = (torch.stack([sample[i] for sample in loaders()[1].dataset]) for i in range(2))
+    with torch.no_grad():
+        expected = {"val_loss": F.cross_entropy(narrow(x), y), "val_acc": (narrow(x).argmax(1) == y).float().mean()}
+    assert record.rounds[1].start_metrics == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
+    assert record.rounds[1].start_metrics != record.rounds[1].metrics
+    assert "start/val_acc" in (tmp_path / "run" / "version_1" / "rounds.csv").read_text().splitlines()[0]
