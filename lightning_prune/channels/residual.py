@@ -176,12 +176,6 @@ class Residuals:
     def _adds(self, call: Call) -> list[int]:
         return [i for i in range(call.start, call.end) if is_plain_add(self.ops[i].name, self.ops[i].args)]
 
-    def _skips(self, i: int, operand: int) -> bool:
-        """Whether the other operand of an addition goes through unscaled."""
-        op = self.ops[i]
-        alpha = op.kwargs.get("alpha", op.args[2] if len(op.args) > 2 else 1)
-        return operand == 1 or alpha == 1
-
     def _whole(self, module: str, calls: list[Call]) -> Block | None:
         """The module as a block: from its first argument to its result the way leads through additions only."""
         found: set[tuple[tuple[int, int], ...]] = set()
@@ -212,10 +206,9 @@ class Residuals:
                 first, second = reads[:2]
                 if (first in through) != (second in through) and first in derived and second in derived:
                     operand = 1 if first in through else 0
-                    if self._skips(i, operand):
-                        through.update(self.writes[i])
-                        before = adds[first if operand else second]
-                        adds.update({node: [*before, (numbers[i], operand)] for node in self.writes[i]})
+                    through.update(self.writes[i])
+                    before = adds[first if operand else second]
+                    adds.update({node: [*before, (numbers[i], operand)] for node in self.writes[i]})
             elif op.name in _MAYBE_IDENTITY and reads[0] in through and op.outs[0].shape == op.args[0].shape:
                 through.add(self.writes[i][0])
                 adds[self.writes[i][0]] = adds[reads[0]]
@@ -229,7 +222,7 @@ class Residuals:
                 continue
             for operand in (1, 0):
                 skip, branch = self.reads[i][1 - operand], self.reads[i][operand]
-                if self._skips(i, operand) and skip in self._slice(call, branch)[1]:
+                if skip in self._slice(call, branch)[1]:
                     yield number, operand, i
                     break
 

@@ -53,6 +53,13 @@ class _Standardised(nn.Module):
         return (x - mean) / (var + 1e-5).sqrt() * self.weight
 
 
+class _AfterMean(_Standardised):
+    """The same after another mean, of places, in the same module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean((2, 3), keepdim=True))
+
+
 class _ChannelsLast(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -75,6 +82,7 @@ CASES = [
     _Case("LayerNorm over channels and places", lambda w: _image(w, lambda n: nn.LayerNorm((n, 5, 5))), IMAGE),
     _Case("LayerNorm, channels last", lambda w: _image(w, _ChannelsLast), IMAGE),
     _Case("var_mean", lambda w: _image(w, _Standardised), IMAGE),
+    _Case("var_mean after a mean", lambda w: _image(w, _AfterMean), IMAGE),
 ]  # fmt: skip
 
 

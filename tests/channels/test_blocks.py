@@ -238,6 +238,15 @@ def test_a_relu_after_the_addition_needs_an_input_that_is_never_negative() -> No
     assert isinstance(model.block, Net)
 
 
+def test_a_scaled_shortcut_is_no_identity() -> None:
+    block = Net(lambda n, x: torch.add(n.a(x), x, alpha=2), a=conv(6, 6))
+    model = nn.Sequential(conv(3, 6), block, conv(6, 4))
+    assert [(b.name, b.whole) for b in find_blocks(trace_channels(model, IMAGE)).removable] == [("1.a", False)]
+    dense = copy.deepcopy(model)
+    compact(model, _plan(model, IMAGE, 0.1), IMAGE)
+    assert torch.equal(model(IMAGE), dense[2](2 * dense[0](IMAGE)))
+
+
 def _swap(plan: RemovalPlan) -> None:
     plan.left[0]["adds"][0][1] = 1 - plan.left[0]["adds"][0][1]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_prune.channels import Budget, compact, plan_removal, score_batch_norm, trace_channels
-from lightning_prune.channels.fold import Fold
+from lightning_prune.channels.fold import Fold, find_folds
 from lightning_prune.errors import EqualityError
 from tests.channels.networks import Net, conv
 
@@ -184,6 +184,11 @@ def _tied() -> nn.Module:
     return net
 
 
+def _one_norm() -> nn.Module:
+    return Net(lambda n, x: n.norm(n.a(F.gelu(n.front(x)))) + n.norm(n.b(x)), front=nn.Sequential(*_front()),
+               a=_conv(8, 5, bias=False), b=_conv(3, 5, bias=False), norm=nn.BatchNorm2d(5))  # fmt: skip
+
+
 SILENCED = [
     ("zero padding", lambda: _sequence(nn.Sigmoid(), conv(8, 5)), "3.weight",
      "4 of 4 channels: it pads with zeros, which are no constant of the channel"),
@@ -192,6 +197,7 @@ SILENCED = [
      "a transposed convolution spreads a constant unevenly"),
     ("no bias", lambda: _sequence(nn.Sigmoid(), _conv(8, 5, bias=False)), "3.weight",
      "the layer has no bias and no BatchNorm follows it alone"),
+    ("BatchNorm for two", _one_norm, "a.weight", "the layer has no bias and no BatchNorm follows it alone"),
     ("gate", _gated, "head.weight", "no constants where it reads them"),
     ("no norm", lambda: nn.Sequential(conv(3, 8), nn.ReLU(), _conv(8, 5)), "2.weight", "no constants where it reads"),
     ("padded pooling", lambda: _sequence(nn.Sigmoid(), nn.AvgPool2d(3, 2, 1), _conv(8, 5)), "4.weight", "no constants"),
@@ -272,6 +278,24 @@ def test_a_layer_that_is_given_two_constants_is_silenced() -> None:
     report = compact(model, _plan(model, INPUTS.double()), INPUTS.double(), fold=True)
     assert report.folded is not None
     assert report.folded.silenced == {"head.weight": "4 of 4 channels: no constants where it reads them"}
+
+
+def test_what_is_constant_by_chance_is_not_folded() -> None:
+    """A ReLU that is off under the check's weights, and a clamp that is at its end there but not on the model's own."""
+    off = nn.Sequential(conv(3, 8), Net(lambda n, x: F.relu(x - 9)), _conv(8, 5)).double()
+    fold = find_folds(off, _plan(off, INPUTS.double()), INPUTS.double())
+    assert [(reader.name, bool(reader.folded.any())) for reader in fold.readers] == [("2.weight", False)]
+    both = Net(lambda n, x: torch.cat([(x + 99).clamp(0, 1), x], 1))
+    full = _random(nn.Sequential(conv(3, 8), both, _conv(16, 5)))
+    with torch.no_grad():
+        full[0].weight.mul_(1e4)
+    plan, plain = _plan(full, INPUTS.double()), copy.deepcopy(full)
+    assert bool(find_folds(full, plan, INPUTS.double()).readers[0].folded.any())
+    report = compact(full, plan, INPUTS.double(), fold=True)
+    assert report.folded is not None
+    assert report.folded.into == {}
+    compact(plain, plan, INPUTS.double())
+    torch.testing.assert_close(full(INPUTS.double()), plain(INPUTS.double()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("part", ["corrections", "hold_"])
