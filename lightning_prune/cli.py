@@ -22,6 +22,7 @@ from lightning_prune.record import JSON_NAME, RunRecord
 
 COMMANDS = {
     "channels": "lightning_prune.commands.channels",
+    "connectivity": "lightning_prune.commands.connectivity",
     "export": "lightning_prune.commands.export",
     "models": "lightning_prune.commands.models",
     "profile": "lightning_prune.commands.profile",

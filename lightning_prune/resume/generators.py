@@ -65,6 +65,45 @@ def undisturbed(device: torch.device | None = None) -> Iterator[None]:
         set_generators(before, (), device)
 
 
+def reseed(resume_state: dict[str, Any], seed: int) -> dict[str, Any]:
+    """A :class:`ResumeState`'s state with other random numbers: who resumes from it goes on with other SGD noise.
+
+    Order and augmentation of the data differ from there on, also within the epoch that is under way: it goes on at the
+    same place of another order.
+
+    Args:
+        resume_state: What :meth:`ResumeState.state_dict` gave.
+        seed: At least 0. The same seed gives the same noise.
+    """
+    ranks = []
+    for rank, own in enumerate(resume_state["ranks"]):
+        fresh = {
+            key: _seeded(own[key], [seed, rank, number])
+            for number, key in enumerate(("iter", "first", "now"))
+            if own.get(key) is not None
+        }
+        ranks.append({**own, **fresh})
+    return {**resume_state, "ranks": ranks}
+
+
+def _seeded(state: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
+    """What :func:`get_generators` would give for the same generators, newly seeded."""
+    first, *others = (int(n) for n in np.random.SeedSequence(seeds).generate_state(1 + len(state["explicit"])))
+    version, python, gauss = random.Random(first).getstate()
+    fresh: dict[str, Any] = {
+        "torch": torch.Generator().manual_seed(first).get_state(),
+        "python": [version, torch.tensor(python), gauss],
+        "explicit": [torch.Generator().manual_seed(n).get_state() for n in others],
+    }
+    if "numpy" in state:
+        numpy: Any = np.random.RandomState(first).get_state(legacy=False)
+        keys = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
+        fresh["numpy"] = [keys, int(numpy["state"]["pos"]), int(numpy["has_gauss"]), numpy["gauss"]]
+    if "cuda" in state and torch.cuda.is_available():
+        fresh["cuda"] = torch.Generator("cuda").manual_seed(first).get_state()
+    return fresh
+
+
 def find_generators(loaders: Iterable[Any]) -> list[torch.Generator]:
     """The torch generators that loaders, their samplers and batch samplers hold, each once, in order."""
     found: dict[int, torch.Generator] = {}

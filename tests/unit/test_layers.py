@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "reports"},
+    {"instability"},
     {"commands"},
     {"cli"},
 ]

@@ -80,6 +80,10 @@ class TensorDataModule(LightningDataModule):
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         return self._loader(self.splits.train, train=True, shuffle=not overfit)
 
+    def train_eval_dataloader(self) -> TensorLoader:
+        """Training data as evaluation sees data: in order, without augmentation."""
+        return self._loader(self.splits.train)
+
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
         """Validation data; with ``watch_test`` the test data as a second loader."""
         validation = self._loader(self.splits.val)

@@ -1,0 +1,103 @@
+"""``lightning-prune connectivity``: does SGD noise decide where training ends? Instability analysis of a recipe."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_prune.environment import describe_environment
+from lightning_prune.errors import ConfigError
+from lightning_prune.files import write_json
+from lightning_prune.instability.analysis import Analysis, Settings, Unit, find_tickets
+from lightning_prune.instability.lines import measure
+from lightning_prune.instability.report import check_pictures, draw, table
+
+RESULT, TABLE = "connectivity.json", "connectivity.md"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run what is missing, measure, write JSON, table and pictures."""
+    given, overrides = _parser().parse_known_args(arguments)
+    tickets = find_tickets(given.tickets)
+    seeds = sorted(tickets) if tickets else list(range(given.seeds))
+    at = given.at.split(",") if given.at else ([] if tickets else ["0st"])
+    settings = Settings(
+        overrides, at, seeds, given.copies, tickets, given.same_noise, given.points, given.splits.split(","),
+        given.align, given.calibration_batches,
+    )  # fmt: skip
+    if given.pictures and not (given.list or given.only):
+        check_pictures()
+    analysis = Analysis(given.out, given.config, settings)
+    if given.list:
+        for unit in analysis.units():
+            print(f"{'done' if analysis.is_done(unit) else 'to do'}  {_command(arguments, unit)}")
+        return
+    for unit in _chosen(analysis, given.only):
+        if analysis.is_done(unit):
+            print(f"{unit.name}: done before")
+        else:
+            print(f"{unit.name}: training")
+            analysis.run(unit)
+    if given.only:
+        return
+    entries = measure(analysis)
+    write_json(
+        given.out / RESULT,
+        {
+            "format": "lightning_prune.connectivity",
+            "version": 1,
+            "settings": analysis.settings_json(),
+            "lines": entries,
+            "environment": describe_environment(),
+        },
+    )
+    text = table(entries)
+    (given.out / TABLE).write_text(text + "\n", encoding="utf-8")
+    pictures = draw(entries, given.out) if given.pictures else []
+    print(f"\n{text}\n\nWritten to {given.out}: {', '.join([RESULT, TABLE, *pictures])}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "lightning-prune connectivity",
+        description=f"{__doc__} Further arguments change the recipe, as in `fit` (--trainer.max_epochs 3). Pruning "
+        "callbacks, checkpoints and early stopping of the recipe are left out: every branch is one whole training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="RECIPE", help="the recipe, or a run's config.yaml"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/connectivity"), help="folder of the analysis")
+    parser.add_argument("--at", help="points at which copies branch off: 0st,100st,1%%,3ep (default: 0st)")
+    parser.add_argument("--copies", type=int, default=2, help="branches at each point (default: 2)")
+    parser.add_argument("--seeds", type=int, default=3, help="initialisations, seeds 0 to N - 1 (default: 3)")
+    parser.add_argument(
+        "--tickets", nargs="+", type=Path, default=[], metavar="RUN",
+        help="folders of finished pruning runs: each ticket branches at its rewinding point, under the run's seed",
+    )  # fmt: skip
+    parser.add_argument("--same_noise", action="store_true", help="the control: copies share data order, too")
+    parser.add_argument("--points", type=int, default=30, help="places on each line (default: 30)")
+    parser.add_argument("--splits", default="train,test", help="where errors are measured (default: train,test)")
+    parser.add_argument("--align", action="store_true", help="measure lines to an aligned copy as well")
+    parser.add_argument("--calibration_batches", type=int, default=20, help="for BatchNorm statistics estimated anew")
+    parser.add_argument("--only", metavar="NAME", help="do one run (as --list names them) and nothing else")
+    parser.add_argument("--list", action="store_true", help="print every run as a command of its own, and stop")
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw none")
+    return parser
+
+
+def _chosen(analysis: Analysis, only: str | None) -> list[Unit]:
+    units = analysis.units()
+    if only is None:
+        return units
+    found = [unit for unit in units if unit.name == only]
+    if not found:
+        raise ConfigError(f"--only {only}: there is no such run; there are {', '.join(unit.name for unit in units)}.")
+    return found
+
+
+def _command(arguments: Sequence[str], unit: Unit) -> str:
+    rest = [word for word in arguments if word != "--list"]
+    program = Path(sys.argv[0]).name if sys.argv and "lightning-prune" in sys.argv[0] else "lightning-prune"
+    return shlex.join([program, "connectivity", *rest, "--only", unit.name])
