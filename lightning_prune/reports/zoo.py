@@ -112,9 +112,7 @@ def _video() -> list[ZooModel]:
     section = "torchvision video"
     found = []
     for name in _names("video"):
-        shape = (1, 3, 16, 224, 224) if name.startswith("mvit") else (2, 3, 8, 64, 64)
-        if name == "s3d":
-            shape = (2, 3, 16, 64, 64)
+        shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "s3d")) else (2, 3, 8, 64, 64)
         found.append(ZooModel(f"torchvision/{name}", section, _get(name), partial(torch.rand, *shape)))
     return found
 
