@@ -27,6 +27,7 @@ Loss = Callable[[nn.Module], Tensor]
 COLUMNS = ("model", "input", "channels", "params", "MACs", "error", "plan s", "compact s", "what stays, and why")
 SHOWN_REASONS = 5
 LONGEST_REASON = 110
+NOTHING = "no channel can leave exactly"
 EXPLAINED = 0.3
 """Rows that keep more of their MACs say how these split by how many widths shrink."""
 
@@ -94,7 +95,7 @@ class CoverageRow:
         if self.failure:
             why = "; ".join(part for part in (_plain(self.failure, 300), self.note, self.frozen) if part)
             return [self.model, self.inputs, *[""] * 6, f"**no result:** {why}"]
-        error = f"{self.error:.1e}" + (f" ({self.dtype})" if self.dtype != "float64" else "")
+        error = f"{self.error:.1e}" + (f" ({self.dtype})" if self.dtype != "float64" else "") if self.dtype else ""
         numbers = [f"{self.channels:.3f}", f"{self.params:.3f}", f"{self.macs:.3f}", error]
         stays = "; ".join(
             part for part in (self.note, self.frozen, self.shares if self.macs > EXPLAINED else "") if part
@@ -129,6 +130,9 @@ def check_model(entry: ZooModel, budget: Budget) -> CoverageRow:
         start = time.process_time()
         graph = trace_channels(model, inputs)
         row.frozen, row.shares = frozen_text(graph.frozen), shares_text(graph)
+        if not graph.groups:
+            row.note = NOTHING
+            return row
         plan = plan_removal(graph, budget)
         planned = time.process_time()
         del graph

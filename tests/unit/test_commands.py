@@ -193,6 +193,13 @@ def test_a_row_says_what_was_reached() -> None:
     assert "it is an output of the model: 2.weight" in row.frozen
 
 
+def test_a_network_of_which_nothing_can_leave_has_a_row_that_says_so() -> None:
+    row = check_model(_entry("x", softmax_only), Budget(channels=0.5))
+    assert (row.failure, row.channels, row.macs) == ("", 1, 1)
+    assert row.cells()[5] == ""
+    assert row.cells()[-1].startswith("no channel can leave exactly; softmax is taken along it: 0.weight")
+
+
 @pytest.mark.parametrize("fault", ["check", "still", "reload"])
 def test_the_checks_behind_a_row_can_fail(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each promise of a row, broken once."""
