@@ -131,6 +131,8 @@ def run_child(graph: ChannelGraph, plan: "RemovalPlan") -> tuple[Recording, str 
     """
     tensors = named_tensors(graph.model)
     small = {name: take(tensors[name], axes) for name, axes in plan.keep.items()}
+    for name, tensor in small.items():  # matrix products go other ways where nothing needs a gradient
+        tensor.requires_grad_(tensors[name].requires_grad)
     recording = Recording()
     before = set_attributes(graph.model, plan.attributes)
     try:

@@ -170,3 +170,21 @@ def test_a_model_that_keeps_something_from_its_first_call_is_recorded_again() ->
     graph = trace_channels(model, IMAGE)
     assert [g.size for g in graph.groups] == [8]
     compact(model, plan_removal(graph, Budget(channels=0.5)), IMAGE)
+
+
+def test_products_of_transposed_tokens_are_followed() -> None:
+    """They are folded into a matrix or expanded into a batch, by whether a weight needs a gradient."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = conv(3, 64), nn.Linear(64, 128, bias=False), nn.Linear(128, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            t = self.b(self.a(x).flatten(2).transpose(1, 2))
+            return self.head(t.reshape(t.shape).relu())
+
+    model = Tokens()
+    graph = trace_channels(model, IMAGE)
+    assert [g.size for g in graph.groups] == [64, 128]
+    compact(model, plan_removal(graph, Budget(channels=0.5)), IMAGE)
