@@ -483,7 +483,7 @@ def test_bad_arguments_are_refused() -> None:
     graph = trace_channels(_resnet(BasicBlock, [2, 1, 1, 1]), IMAGE)
     with pytest.raises(ConfigError, match="granularity='layer': expected 'channel' or 'block'"):
         plan_removal(graph, Budget(channels=0.5), granularity="layer")
-    with pytest.raises(ConfigError, match="round_to, min_channels and scope are for channels"):
+    with pytest.raises(ConfigError, match="round_to, min_channels, scope and max_layer_fraction are for"):
         plan_removal(graph, Budget(channels=0.5), round_to=8, granularity="block")
     with pytest.raises(ConfigError, match=r"no entry for block 'layer1\.1'"):
         plan_removal(graph, Budget(channels=0.5), {"layer1.0": 1.0}, granularity="block")
