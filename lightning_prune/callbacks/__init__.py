@@ -1,6 +1,7 @@
 """The Lightning face: callbacks decide when, call the functions of the layers below, and report."""
 
 from lightning_prune.callbacks.channels import ChannelPruner
+from lightning_prune.callbacks.connectivity import RoundConnectivity
 from lightning_prune.callbacks.costs import CostProfiler
 from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
@@ -17,6 +18,7 @@ __all__ = [
     "LRRewind",
     "Position",
     "PruneEvent",
+    "RoundConnectivity",
     "SlimmingPruner",
     "SlimmingRegularizer",
     "TicketWriter",

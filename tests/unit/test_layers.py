@@ -56,6 +56,7 @@ PUBLIC = [
     "EqualityError",
     "ErrorRate",
     "LinearPath",
+    "RoundConnectivity",
     "linear_mode_connectivity",
     "ExportError",
     "ExportReport",
