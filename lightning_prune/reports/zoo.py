@@ -104,7 +104,7 @@ def _segmentation() -> list[ZooModel]:
     for name in _names("segmentation"):
         auxiliary = {} if name.startswith("lraspp") else {"aux_loss": True}
         build = _get(name, **auxiliary)
-        found.append(ZooModel(f"torchvision/{name}", section, build, partial(image, 96)))
+        found.append(ZooModel(f"torchvision/{name}", section, build, partial(image, 96), most_macs=0.3))
     return found
 
 
@@ -113,7 +113,10 @@ def _video() -> list[ZooModel]:
     found = []
     for name in _names("video"):
         shape = (1, 3, 16, 224, 224) if name.startswith(("mvit", "s3d")) else (2, 3, 8, 64, 64)
-        found.append(ZooModel(f"torchvision/{name}", section, _get(name), partial(torch.rand, *shape)))
+        most = (
+            0.78 if name.startswith(("mvit", "swin3d")) else 0.3
+        )  # LayerNorm, and heads that code takes from its input
+        found.append(ZooModel(f"torchvision/{name}", section, _get(name), partial(torch.rand, *shape), most_macs=most))
     return found
 
 
@@ -122,8 +125,9 @@ def _flow() -> list[ZooModel]:
     def inputs() -> dict[str, Any]:
         return {"image1": image(128), "image2": image(128), "num_flow_updates": 2}
 
+    section, most, note = "torchvision optical flow", {"raft_large": 0.38, "raft_small": 0.64}, "two updates"
     return [
-        ZooModel(f"torchvision/{name}", "torchvision optical flow", _get(name), inputs, note="two updates")
+        ZooModel(f"torchvision/{name}", section, _get(name), inputs, None, most.get(name, 0.3), note)
         for name in _names("optical_flow")
     ]
 
@@ -169,10 +173,10 @@ def _detection() -> list[ZooModel]:
             parts = partial(RegionParts, build)
             loss = partial(_detection_loss, name, "detector")
             note = "backbone, region proposal head and heads, on given boxes"
-            found.append(ZooModel(entry, section, parts, partial(image, DETECTION_SIZE), loss, note=note))
+            found.append(ZooModel(entry, section, parts, partial(image, DETECTION_SIZE), loss, 0.3, note))
         else:
             inputs = partial(_detection_inputs, DETECTION_SIZE)
-            found.append(ZooModel(entry, section, build, inputs, partial(_detection_loss, name, "")))
+            found.append(ZooModel(entry, section, build, inputs, partial(_detection_loss, name, ""), 0.3))
     return found
 
 
