@@ -5,6 +5,7 @@ Add callbacks to a Trainer, or use the functions without one:
     trainer = Trainer(max_epochs=30, callbacks=[IterativeMagnitudePruner(), WeightRewind("3%"), LRRewind("3%")])
 """
 
+from lightning_prune.acceleration import Accelerated, accelerate
 from lightning_prune.callbacks import (
     ChannelPruner,
     CostProfiler,
@@ -50,6 +51,7 @@ from lightning_prune.times import TrainTime
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accelerated",
     "Budget",
     "BudgetError",
     "ChannelPruner",
@@ -86,6 +88,7 @@ __all__ = [
     "TrainTime",
     "WeightRewind",
     "WriteError",
+    "accelerate",
     "compact",
     "compare_latency",
     "count_costs",

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_prune.counting import RULES, Competition
 from lightning_prune.errors import ConfigError, MaskMismatchError, SelectionError
 from lightning_prune.masks import MaskSet
+from lightning_prune.patterns import keep_pattern, parse_pattern
 from lightning_prune.prunable import canonical_name, close_names, matching
 from lightning_prune.ranking import Pool, common_dtype
 
@@ -28,6 +29,7 @@ def select(
     within: MaskSet | None = None,
     rates: Mapping[str, float] | None = None,
     counting: str = "exact",
+    granularity: str = "element",
 ) -> MaskSet:
     """Keep the highest scores.
 
@@ -56,6 +58,9 @@ def select(
             ``network_slimming``, ``open_lth``, ``google_lth``, ``hrank``, ``hrankplus`` and ``deconstructing_lt`` take
             ``fraction``; ``renda`` and ``edge_popup`` take ``density``. ``open_lth`` counts the entries of tensors at
             rate 0 in, though it takes none of them.
+        granularity: ``"element"``, or a pattern such as ``"2:4"``: of every 4 neighbours along axis 1 (a layer's
+            inputs) the 2 of highest score stay, in every tensor, as GPUs with such units ask for. The pattern is the
+            count: nothing else is given but ``within``.
 
     Returns:
         The masks, in the order of ``scores`` and on their devices.
@@ -72,6 +77,9 @@ def select(
         >>> masks["a"], masks["b"]
         (tensor([ True, False]), tensor([ True, False]))
     """
+    pattern = parse_pattern(granularity)
+    if pattern is not None:
+        return _select_pattern(scores, pattern, within, density, fraction, remove, rates)
     asked = _asked(density, fraction, remove, scope, counting)
     scores = _CanonicalNames(scores)
     shapes, dtypes = _inspect(scores)
@@ -95,6 +103,17 @@ def select(
             count = RULES[counting].count(field, float(group.amount))
         masks.update(pool.keep_largest(count))
     return MaskSet({name: masks[name] for name in shapes})
+
+
+def _select_pattern(
+    scores: Mapping[str, Tensor], pattern: tuple[int, int], within: MaskSet | None, *counts: Any
+) -> MaskSet:
+    if any(count is not None for count in counts):
+        n, m = pattern
+        raise ConfigError(f"granularity='{n}:{m}' says how many stay; leave out density=, fraction=, remove=, rates=.")
+    scores = _CanonicalNames(scores)
+    shapes, _ = _inspect(scores)
+    return MaskSet(keep_pattern(scores, _earlier(within, shapes)[0], *pattern))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Measured latency of forward passes: of one model, and of two by turns."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.costs.timing import FEWEST_SAMPLES, MOST_SAMPLES, Interval, Timer, check_measurable, samples
+from lightning_prune.costs.timing import Interval, Timer, by_turns, check_measurable, ratio_of, samples
 from lightning_prune.environment import describe_environment
 from lightning_prune.errors import ConfigError, MeasurementError
 from lightning_prune.running import call_model, copy_model, evaluation, map_tensors
-
-_REPEATS = 5
-_QUICK_SECONDS = 0.01
 
 
 @dataclass(frozen=True)
@@ -282,10 +278,10 @@ def compare_latency(
         a, facts_a = stack.enter_context(_ready(first, example_inputs, how))
         b, facts_b = stack.enter_context(_ready(second, others, how))
         warm = a.warm_up(), b.warm_up()
-        pairs = _pairs(a, b, seconds, within)
+        pairs = by_turns(a, b, seconds, within)
         for taken, timer, model in zip(pairs, (a, b), (first, second), strict=True):
             check_measurable(taken, timer.device, type(model).__name__)
-    interval = _ratio(pairs)
+    interval = ratio_of(pairs)
     environment = _environment(a.device)
     return LatencyComparison(
         interval.median,
@@ -294,28 +290,6 @@ def compare_latency(
         _latency(pairs[0], a, warm[0], facts_a, environment),
         _latency(pairs[1], b, warm[1], facts_b, environment),
     )
-
-
-def _pairs(a: Timer, b: Timer, seconds: float, within: float | None) -> tuple[list[float], list[float]]:
-    pairs: tuple[list[float], list[float]] = ([], [])
-    repeats = _REPEATS if max(a.sample() * a.calls, b.sample() * b.calls) < _QUICK_SECONDS else 1
-    end = time.monotonic() + seconds
-    while len(pairs[0]) < FEWEST_SAMPLES or (time.monotonic() < end and len(pairs[0]) < MOST_SAMPLES):
-        taken: tuple[list[float], list[float]] = ([], [])
-        for _ in range(repeats):
-            order = (0, 1) if (len(pairs[0]) + len(taken[0])) % 2 == 0 else (1, 0)
-            for which in order:
-                taken[which].append((a, b)[which].sample())
-        for values, found in zip(pairs, taken, strict=True):
-            values.append(float(np.median(found)))
-        # looked at now and then only, since stopping at the first good look would favour narrow accidents
-        if within is not None and len(pairs[0]) % 16 == 0 and _ratio(pairs).half_width <= within:
-            break
-    return pairs
-
-
-def _ratio(pairs: tuple[list[float], list[float]]) -> Interval:
-    return Interval.of([b / a for a, b in zip(*pairs, strict=True)])
 
 
 def _latency(

@@ -21,6 +21,8 @@ MOST_WINDOWS = 20
 FEWEST_SAMPLES = 11
 MOST_SAMPLES = 10_000
 EMPTY_CALLS = 3.0
+REPEATS = 5
+QUICK_SECONDS = 0.01
 
 
 class Timer:
@@ -143,3 +145,27 @@ class Interval:
     def half_width(self) -> float:
         """The larger distance of an end from the median, as a part of the median."""
         return max(self.high - self.median, self.median - self.low) / self.median
+
+
+def by_turns(a: Timer, b: Timer, seconds: float, within: float | None = None) -> tuple[list[float], list[float]]:
+    """Samples of two warm timers in pairs, a-b and b-a by turns, at least eleven; see :func:`compare_latency`."""
+    pairs: tuple[list[float], list[float]] = ([], [])
+    repeats = REPEATS if max(a.sample() * a.calls, b.sample() * b.calls) < QUICK_SECONDS else 1
+    end = time.monotonic() + seconds
+    while len(pairs[0]) < FEWEST_SAMPLES or (time.monotonic() < end and len(pairs[0]) < MOST_SAMPLES):
+        taken: tuple[list[float], list[float]] = ([], [])
+        for _ in range(repeats):
+            order = (0, 1) if (len(pairs[0]) + len(taken[0])) % 2 == 0 else (1, 0)
+            for which in order:
+                taken[which].append((a, b)[which].sample())
+        for values, found in zip(pairs, taken, strict=True):
+            values.append(float(np.median(found)))
+        # looked at now and then only, since stopping at the first good look would favour narrow accidents
+        if within is not None and len(pairs[0]) % 16 == 0 and ratio_of(pairs).half_width <= within:
+            break
+    return pairs
+
+
+def ratio_of(pairs: tuple[Sequence[float], Sequence[float]]) -> Interval:
+    """The second's time as a part of the first's: median over pairs, with its interval."""
+    return Interval.of([b / a for a, b in zip(*pairs, strict=True)])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import ConfigError, MeasurementError, compare_latency, measure_latency
-from lightning_prune.costs import RunAs, latency, timing
+from lightning_prune.costs import RunAs, timing
 from lightning_prune.costs.timing import Interval, check_measurable, empty_call
 
 CPU = torch.device("cpu")
@@ -32,7 +32,6 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
-    monkeypatch.setattr(latency, "time", clock)
     empty_call.cache_clear()
     yield clock
     empty_call.cache_clear()

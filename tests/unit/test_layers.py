@@ -14,10 +14,10 @@ import lightning_prune
 PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking"},
+    {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking", "patterns"},
     {"masks", "scores", "selection", "ranking", "counting", "record", "record_table", "costs"},
     {"channels"},
-    {"acceleration", "connectivity", "checkpoint", "compact_files", "export"},
+    {"acceleration", "compressed", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "reports"},
@@ -34,6 +34,8 @@ MODULES = sorted(
 )
 
 PUBLIC = [
+    "Accelerated",
+    "accelerate",
     "CostProfiler",
     "Latency",
     "LatencyComparison",
