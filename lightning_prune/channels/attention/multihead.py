@@ -41,7 +41,7 @@ class FreeMultiheadAttention(FreeWidth, nn.MultiheadAttention):
             sizes = {"num_heads": inner // self.head_dim}
         return {**sizes, **dict(zip(("embed_dim", "kdim", "vdim"), widths, strict=True))}
 
-    def forward(  # noqa: D102
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -52,6 +52,7 @@ class FreeMultiheadAttention(FreeWidth, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """Attend as the original does, at whatever inner width the weights have."""
         if query.is_nested or key.is_nested or value.is_nested:
             raise PruneError(
                 "attention whose heads left takes no nested tensors, got one; expected padded tensors with a "

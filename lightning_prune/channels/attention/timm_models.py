@@ -56,7 +56,8 @@ class FreeBeitAttention(FreeWidth, BeitAttention):
         """Heads from the rows of the projection; the width of a head stays."""
         return {} if thinned else _fused_heads(self, size)
 
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """Attend as the original does, at whatever inner width the weights have."""
         q, k, v = _heads(self, x)
         bias = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
@@ -75,9 +76,10 @@ class FreeEvaAttention(FreeWidth, EvaAttention):
         """Heads from the rows of the projection; the width of a head stays."""
         return {"num_heads": size(self.proj.weight, 1) // self.head_dim}
 
-    def forward(  # noqa: D102
+    def forward(
         self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
+        """Attend as the original does, at whatever inner width the weights have."""
         if self.qkv is not None:
             q, k, v = _heads(self, x)
         else:
@@ -106,7 +108,8 @@ class FreeWindowAttentionV2(FreeWidth, WindowAttention):
         """Heads from the rows of the projection; the width of a head stays."""
         return {} if thinned else _fused_heads(self, size)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend as the original does, at whatever inner width the weights have."""
         q, k, v = _heads(self, x)
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
         scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale

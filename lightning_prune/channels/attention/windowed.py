@@ -48,7 +48,8 @@ class FreeShiftedWindowAttention(FreeWidth, ShiftedWindowAttention):
             return {"score_scale": self.score_scale or width**-0.5}
         return {"num_heads": size(self.qkv.weight, 0) // (3 * width)}
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend as the original does, at whatever inner width the weights have."""
         bias = self.get_relative_position_bias()
         batch, height, width, _ = x.shape
         x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
@@ -117,7 +118,8 @@ class FreeRelativePositionalMultiHeadAttention(FreeWidth, RelativePositionalMult
         inner = size(self.to_qkv.weight, 0) // 3
         return {"head_dim": inner // self.n_heads} if thinned else {"n_heads": inner // self.head_dim}
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend as the original does, at whatever inner width the weights have."""
         qkv = self.to_qkv(x).unflatten(-1, (3, self.n_heads, -1))
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
         scores = q @ (k * self.scale_factor).transpose(-2, -1) + self.get_relative_positional_bias()
