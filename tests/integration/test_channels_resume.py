@@ -30,7 +30,8 @@ def stream() -> tuple[Any, Any]:
 
 CASES: list[tuple[str, dict[str, Any], list[Any], Case]] = [
     ("one cut", {"at": "50%", "validate_cuts": True}, [], Case("per epoch", per_epoch)),
-    ("inside an epoch", {"at": ["3st", "8st"], "validate_cuts": True}, [], Case("per step", per_step, options={"val_check_interval": 3})),
+    ("inside an epoch", {"at": ["3st", "8st"], "validate_cuts": True}, [],
+     Case("per step", per_step, options={"val_check_interval": 3})),
     ("taylor", {"criterion": "taylor", "at": "8st", "taylor_steps": 4}, [], Case("taylor", per_step)),
     ("taylor, a whole epoch", {"criterion": "taylor", "at": "6st"}, [], Case("taylor", per_epoch)),
     ("random", {"criterion": "random", "at": ["2st", "4st"]}, [], Case("accumulation", options={
