@@ -63,7 +63,8 @@ class ChannelPruner(ChannelRemover):
             ``"l1"``, ``"l2"`` and ``"fpgm"`` as multiples of their group's mean.
         reduction: How scores of several layers that make one channel (a residual stage) are combined: ``"mean"`` or
             ``"max"``.
-        round_to: Widths become multiples of this; ``"auto"``: what suits the device; see :func:`plan_removal`.
+        round_to: Widths become multiples of this; ``"auto"``: what suits the device; see :func:`plan_removal`. Default:
+            1; ``"auto"`` with a latency budget.
         min_channels: Least width of a group, at least 1.
         exclude: Layers whose channels stay, by name or pattern (``"network.stem"``, ``"*.downsample"``).
         module: Name of the submodule to prune. Default: the LightningModule if it defines ``forward``, else its only
@@ -110,7 +111,7 @@ class ChannelPruner(ChannelRemover):
         at: str | Sequence[str],
         scope: str = "layer",
         reduction: Reduction = "mean",
-        round_to: RoundTo = 1,
+        round_to: RoundTo | None = None,
         min_channels: int = 1,
         exclude: Sequence[str] = (),
         module: str | None = None,

@@ -18,7 +18,7 @@ from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, check_strategy, remove
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.validation import validate_quietly
-from lightning_prune.channels.alignment import RoundTo
+from lightning_prune.channels.alignment import AUTO, RoundTo
 from lightning_prune.channels.budget import Budget, CostModel
 from lightning_prune.channels.compact import verify
 from lightning_prune.channels.groups import ChannelGroup
@@ -35,6 +35,7 @@ from lightning_prune.times import TrainTime
 from lightning_prune.wrappers import bare, uncompiled
 
 COSTS = ("channels", "params", "macs")
+_WHOLE_LATENCY = 10**6  # the original's latency is counted in millionths of itself: clocks drift from cut to cut
 COMPACT_NAME = "compact.safetensors"
 
 
@@ -47,7 +48,7 @@ class ChannelRemover(RoundPruner):
     Args:
         budget: What is kept of the original network; one for all passes, or a list.
         at: When; one time, or a list.
-        round_to: Widths become multiples of this.
+        round_to: Widths become multiples of this. Default: 1; ``"auto"`` with a latency budget.
         min_channels: Least width of a group.
         exclude: Layers whose channels stay.
         module: Name of the submodule to prune.
@@ -65,7 +66,7 @@ class ChannelRemover(RoundPruner):
         self,
         budget: Budget | Sequence[Budget],
         at: str | Sequence[str],
-        round_to: RoundTo = 1,
+        round_to: RoundTo | None = None,
         min_channels: int = 1,
         exclude: Sequence[str] = (),
         module: str | None = None,
@@ -86,6 +87,8 @@ class ChannelRemover(RoundPruner):
         if isinstance(exclude, str):
             raise ConfigError(f"exclude={exclude!r}: expected a list of names; write exclude=[{exclude!r}].")
         check_count("min_channels", min_channels)
+        if round_to is None:
+            round_to = AUTO if self.budgets[-1].what == "latency" else 1
         if isinstance(round_to, int):
             check_count("round_to", round_to)
         self.round_to, self.min_channels, self.exclude = round_to, min_channels, tuple(exclude)
@@ -174,8 +177,11 @@ class ChannelRemover(RoundPruner):
                 costs = CostModel(graph)
                 whole = {what: costs.cost(what, costs.sizes) for what in COSTS}
                 self._costs = {what: (cost, cost) for what, cost in whole.items()}
+                if self.budgets[-1].what == "latency":
+                    self._costs["latency"] = (_WHOLE_LATENCY, _WHOLE_LATENCY)
                 self._groups = {group.name: (group.size, group.size) for group in graph.groups}
-            if self._running.round < self.rounds:
+            # whether a latency can be met is measured at the cut: it takes many forward passes
+            if self._running.round < self.rounds and self.budgets[-1].what != "latency":
                 last = rest_of(self.budgets[-1], self._costs[self.budgets[-1].what])
                 self.check_budget(graph, last)
             return graph
@@ -257,7 +263,11 @@ class ChannelRemover(RoundPruner):
             )
         remove(trainer, pl_module, self._name, decision)
         removed = self._costs["channels"][0] - decision.costs["channels"][1]
-        self._costs = {what: (decision.costs[what][1], self._costs[what][1]) for what in COSTS}
+        costs = {what: (decision.costs[what][1], self._costs[what][1]) for what in COSTS}
+        if "latency" in decision.costs:
+            (before, after), (now, whole) = decision.costs["latency"], self._costs["latency"]
+            costs["latency"] = (round(now * after / before), whole)
+        self._costs = costs
         for group in decision.groups:
             self._groups[group["name"]] = (group["kept"], self._groups.get(group["name"], (0, group["size"]))[1])
         self._digest = hashlib.sha256(f"{self._digest}{decision.digest()}".encode()).hexdigest()

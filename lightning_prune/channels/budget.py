@@ -18,12 +18,14 @@ class Budget:
     """How much of a network is kept: exactly one fraction, of the original, in (0, 1].
 
     A budget is met from below: the cost is at most the fraction, and taking the last channel (or rounding step) back
-    would exceed it.
+    would exceed it. Latency alone is met within 5 % to either side, as measured.
 
     Args:
         channels: Fraction of the prunable channels; the channel of a group counts once.
         params: Fraction of all parameters of the model.
         macs: Fraction of the multiply-adds of convolutions and matrix products at the example inputs.
+        latency: Fraction of the time that a forward pass takes with the example inputs (their batch size), on the
+            device where the model is: candidates are built and timed by turns with the original.
 
     Raises:
         ConfigError: None or several are given, or one lies outside (0, 1].
@@ -32,12 +34,13 @@ class Budget:
     channels: float | None = None
     params: float | None = None
     macs: float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         given = {k: v for k, v in vars(self).items() if v is not None}
         if len(given) != 1:
             raise ConfigError(
-                f"Budget takes exactly one of channels=, params=, macs= (the fraction kept); got "
+                f"Budget takes exactly one of channels=, params=, macs=, latency= (the fraction kept); got "
                 f"{sorted(given) or 'none'}."
             )
         ((name, value),) = given.items()
@@ -46,7 +49,7 @@ class Budget:
 
     @property
     def what(self) -> str:
-        """Which cost is limited: ``"channels"``, ``"params"`` or ``"macs"``."""
+        """Which cost is limited: ``"channels"``, ``"params"``, ``"macs"`` or ``"latency"``."""
         return next(k for k, v in vars(self).items() if v is not None)
 
     @property

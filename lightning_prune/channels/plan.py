@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_prune.channels.alignment import RoundTo, resolve_round_to
+from lightning_prune.channels.alignment import AUTO, RoundTo, resolve_round_to
 from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import LEVELS, Budget, CostModel, Family, families, search
@@ -39,7 +39,9 @@ class RemovalPlan:
         reads: The (name, axis) pairs that read channels: the masked parent has zeros there.
         attributes: New values of module attributes, by module name.
         groups: One entry a group: name, size before, size after.
-        costs: ``channels``, ``params`` and ``macs``: (before, after). MACs at the traced example inputs.
+        costs: ``channels``, ``params`` and ``macs``: (before, after). MACs at the traced example inputs. With a latency
+            budget ``latency``: nanoseconds.
+        latency: With a latency budget what was measured: ratio and interval against the original, candidates, device.
         training: Whether the check must also run the branches that only training takes.
         replaced: Modules that are replaced by ones with a free inner width before channels leave: name -> kind.
         statistics: Operations that average over channels of which some leave: module, which of the module's, ``axis``
@@ -59,6 +61,7 @@ class RemovalPlan:
     training: bool = False
     replaced: dict[str, str] = field(default_factory=dict)
     statistics: list[dict[str, Any]] = field(default_factory=list)
+    latency: dict[str, Any] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
     without_effect: list[str] = field(default_factory=list)
     left: list[dict[str, Any]] = field(default_factory=list)
@@ -114,7 +117,7 @@ def plan_removal(
     graph: ChannelGraph,
     budget: Budget,
     scores: ChannelScores | BlockScores | None = None,
-    round_to: RoundTo = 1,
+    round_to: RoundTo | None = None,
     min_channels: int = 1,
     scope: str = "layer",
     granularity: str = "channel",
@@ -129,7 +132,7 @@ def plan_removal(
             norm of the weights that make the channel, over all layers of its group.
         round_to: Widths become multiples of this (a group that starts narrower or uneven may keep its width). Widths
             that are bound to each other (chunks, shuffles) follow their own balance instead. A number, ``"auto"``, a
-            device, or numbers by device type; see :func:`alignment` for the rule.
+            device, or numbers by device type; see :func:`alignment` for the rule. Default: 1; ``"auto"`` for a latency.
         min_channels: Least width of a group, at least 1.
         scope: ``"layer"``: every group loses the same fraction. ``"global"``: scores of all groups compete.
         granularity: ``"channel"``, or ``"block"``: residual blocks leave whole, see :func:`plan_blocks`, and ``scores``
@@ -142,11 +145,23 @@ def plan_removal(
 
     Raises:
         BudgetError: The budget cannot be met.
+        MeasurementError: A latency too small to be timed.
         ConfigError: An argument out of range, or scores that do not fit.
 
     Limits:
         Ties in scores: the later channel leaves first.
     """
+    if budget.what == "latency":
+        from lightning_prune.channels.latency_search import plan_latency
+
+        def plan_at(macs: float) -> RemovalPlan:
+            step = AUTO if round_to is None and granularity == "channel" else round_to
+            return plan_removal(
+                graph, Budget(macs=macs), scores, step, min_channels, scope, granularity, max_layer_fraction
+            )
+
+        return plan_latency(graph.model, graph.example_inputs, budget.fraction, plan_at)
+    round_to = 1 if round_to is None else round_to
     if granularity not in ("channel", "block"):
         raise ConfigError(f"granularity={granularity!r}: expected 'channel' or 'block'.")
     if granularity == "block":

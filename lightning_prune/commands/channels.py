@@ -63,9 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("lightning-prune channels", description=__doc__)
     add_target_arguments(parser)
     parser.add_argument(
-        "--budget", metavar="channels=0.5", help="plan a removal: the fraction kept of channels|params|macs"
+        "--budget", metavar="channels=0.5", help="plan a removal: the fraction kept of channels|params|macs|latency"
     )
-    parser.add_argument("--round-to", type=int, default=1, metavar="N", help="with --budget: widths are multiples of N")
+    parser.add_argument("--round-to", type=int, metavar="N", help="with --budget: widths are multiples of N")
     parser.add_argument("--min-channels", type=int, default=1, metavar="N", help="with --budget: least width of groups")
     parser.add_argument("--all", action="store_true", help="every group with all its members, and every frozen axis")
     parser.add_argument("--json", action="store_true", help="the same as JSON")
@@ -97,7 +97,7 @@ def parse_budget(text: str) -> Budget:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"--budget {text}: expected channels=X, params=X or macs=X with X the fraction kept, in (0, 1]."
+            f"--budget {text}: expected channels=X, params=X, macs=X or latency=X with X the fraction kept, in (0, 1]."
         ) from error
 
 
