@@ -6,6 +6,7 @@ Add callbacks to a Trainer, or use the functions without one:
 """
 
 from lightning_prune.acceleration import Accelerated, accelerate
+from lightning_prune.actions import Supermask, mask_weights, supermask
 from lightning_prune.callbacks import (
     ChannelPruner,
     CostProfiler,
@@ -82,6 +83,7 @@ __all__ = [
     "SelectionError",
     "SlimmingPruner",
     "SlimmingRegularizer",
+    "Supermask",
     "Ticket",
     "TicketWriter",
     "TraceError",
@@ -98,6 +100,7 @@ __all__ = [
     "load_compact",
     "load_compact_checkpoint",
     "load_ticket",
+    "mask_weights",
     "measure_latency",
     "plan_removal",
     "prunable_parameters",
@@ -105,5 +108,6 @@ __all__ = [
     "save_ticket",
     "score_weights",
     "select",
+    "supermask",
     "trace_channels",
 ]
