@@ -11,7 +11,8 @@ from lightning_prune.errors import ConfigError
 from lightning_prune.files import write_json
 from lightning_prune.instability.analysis import Analysis, Settings, Unit, find_tickets
 from lightning_prune.instability.lines import measure
-from lightning_prune.instability.report import check_pictures, draw, table
+from lightning_prune.instability.report import draw, table
+from lightning_prune.reports.pictures import check_pictures
 
 RESULT, TABLE = "connectivity.json", "connectivity.md"
 

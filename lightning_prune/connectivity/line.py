@@ -165,7 +165,7 @@ def _errors(
             if batches is not None:
                 recalibrate(line.model, batches)
             if together == 1:
-                found.append(_numbers(error(line.model), alpha))
+                found.append(numbers(error(line.model), f"alpha={alpha:.3f}"))
             else:
                 states.append(line.current())
         if states:
@@ -176,13 +176,17 @@ def _errors(
     return found
 
 
-def _numbers(given: Any, alpha: float) -> dict[str, float]:
-    """What the user's function returned, as plain numbers by split."""
+def numbers(given: Any, where: str) -> dict[str, float]:
+    """What the user's function returned, as plain numbers by split.
+
+    Raises:
+        ConfigError: No numbers, or NaN.
+    """
     named = given if isinstance(given, Mapping) else {"error": given}
     try:
         found = {str(split): float(value) for split, value in named.items()}
     except (TypeError, ValueError) as reason:
         raise ConfigError(f"error() must return a number or {{split: number}}, got {given!r:.100}.") from reason
     if not found or any(value != value for value in found.values()):
-        raise ConfigError(f"error() gave {given!r:.100} at alpha={alpha:.3f}: no maximum can be taken over that.")
+        raise ConfigError(f"error() gave {given!r:.100} at {where}: no maximum can be taken over that.")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lightning_prune.errors import ConfigError
-from lightning_prune.files import atomic_write
+from lightning_prune.reports.pictures import check_pictures, make_figure, write_figure
 from lightning_prune.reports.rounds import Estimate
 
 STABLE = 0.02
@@ -74,21 +74,6 @@ def _of(kind: str, split: str) -> Callable[[Line], float]:
     return lambda line: float(line[kind][split])
 
 
-def check_pictures() -> None:
-    """See that pictures can be drawn, before anything is trained.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            "pictures need matplotlib, which is not installed: pip install 'lightning-prune[pictures]', or go without "
-            "(--no-pictures)."
-        ) from error
-
-
 def draw(lines: Sequence[Line], folder: Path) -> list[str]:
     """Draw errors along the lines, and barriers against the step and against the weights left.
 
@@ -114,7 +99,7 @@ def _series(lines: Sequence[Line], fixed: str) -> dict[Any, list[Line]]:
 def _draw_lines(lines: Sequence[Line], split: str, path: Path) -> None:
     """One panel a treatment, one curve a point or ticket: mean over all seeds and pairs, shaded from least to most."""
     panels = grouped(lines, _treatment)
-    figure, axes = _figure(len(panels))
+    figure, axes = make_figure(len(panels))
     for axis, (title, own) in zip(axes, panels.items(), strict=True):
         for (step, density), curves in grouped(own, lambda line: (line["step"], -line["density"])).items():
             errors = 100 * np.array([line["errors"][split] for line in curves])
@@ -123,11 +108,11 @@ def _draw_lines(lines: Sequence[Line], split: str, path: Path) -> None:
             axis.fill_between(curves[0]["alphas"], errors.min(0), errors.max(0), alpha=0.2, color=drawn.get_color())
         axis.set(title=f"BatchNorm: {title}", xlabel="place on the line", ylabel=f"error, {split} (%)")
         axis.legend(fontsize="small")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _draw_barriers(lines: Sequence[Line], split: str, axis_name: str, label: str, path: Path) -> None:
-    figure, (axis,) = _figure(1)
+    figure, (axis,) = make_figure(1)
     fixed = "density" if axis_name == "step" else "step"
     for (value, title), own in _series(lines, fixed).items():
         places = grouped(own, lambda line: line[axis_name])
@@ -145,19 +130,4 @@ def _draw_barriers(lines: Sequence[Line], split: str, axis_name: str, label: str
         axis.set_xscale("log")
         axis.invert_xaxis()
     axis.legend(fontsize="small")
-    _write(figure, path)
-
-
-def _figure(panels: int) -> Any:
-    """A figure that touches no window system and no global state."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
-    FigureCanvasSVG(figure)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
-
-
-def _write(figure: Any, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    write_figure(figure, path)

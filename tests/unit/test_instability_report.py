@@ -9,7 +9,9 @@ import pytest
 from scipy import stats
 
 from lightning_prune import ConfigError
-from lightning_prune.instability.report import check_pictures, draw, table
+from lightning_prune.connectivity import ErrorPlane
+from lightning_prune.instability.report import draw, table
+from lightning_prune.reports.pictures import check_pictures, draw_plane
 
 
 def line(seed: int, step: int, middle: float, **more: Any) -> dict[str, Any]:
@@ -48,3 +50,12 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"lightning-prune\[pictures\]"):
         check_pictures()
+
+
+def test_a_plane_is_drawn(tmp_path: Path) -> None:
+    rows = tuple(tuple(0.1 * x + 0.01 * y for x in range(3)) for y in range(3))
+    plane = ErrorPlane((0.0, 1.0, 2.0), (0.0, 1.0, 2.0), {"test": rows}, ((0, 0), (1, 0), (0, 1)), {"test": (0, 0, 0)})
+    draw_plane(plane, tmp_path / "plane.svg")
+    assert "</svg>" in (tmp_path / "plane.svg").read_text()
+    with pytest.raises(ConfigError, match="split='train' was not measured; there are test"):
+        draw_plane(plane, tmp_path / "other.svg", "train")
