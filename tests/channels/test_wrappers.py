@@ -137,11 +137,12 @@ def test_everything_comes_back_after_a_failed_removal(kind: str, dtype: torch.dt
     net[0].register_forward_pre_hook(lambda *_: None)
     wrapped = net if kind == "bare" else WRAPPED[kind](net)
     inputs = INPUTS.to(dtype)
+    before = everything(wrapped)
     plan = plan_removal(trace_channels(wrapped, inputs), Budget(channels=0.5))
+    assert_same(before, everything(wrapped))
     name, axis = plan.reads[-1]
     kept = plan.keep[name][axis]
     kept[0] = next(i for i in range(plan.shapes[name][axis]) if i not in kept)
-    before = everything(wrapped)
     with pytest.raises(EqualityError, match="differs from its masked parent"):
         compact(wrapped, plan, inputs)
     assert_same(before, everything(wrapped))

@@ -392,6 +392,7 @@ def test_averages_shrink_along(tmp_path: Path, kind: Any, rewound: bool) -> None
             if widths(pl_module) == [8, 3] and "after" not in seen:
                 seen["after"] = {n: p.detach().clone() for n, p in average._average_model.module.named_parameters()}
                 seen["live"] = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+                seen["count"] = int(average._average_model.n_averaged)
 
         def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: Any) -> None:
             seen["rows"] = event.plan.keep["0.weight"][0]
@@ -401,6 +402,7 @@ def test_averages_shrink_along(tmp_path: Path, kind: Any, rewound: bool) -> None
     fit(tmp_path, module, [pruner(at="1ep"), *rewinders, average, Look()])
     expected = seen["live"]["network.0.weight"] if rewound else seen["before"]["network.0.weight"][seen["rows"]]
     assert torch.equal(seen["after"]["network.0.weight"], expected)
+    assert seen["count"] == (0 if rewound else 12)  # an average of weights that were set back begins anew
     assert not torch.equal(seen["before"]["network.0.weight"][seen["rows"]], seen["live"]["network.0.weight"])
     assert widths(module) == [8, 3]
 
@@ -478,6 +480,20 @@ def test_one_of_two_networks_under_manual_optimisation(tmp_path: Path, criterion
     assert run.global_step == 48
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Samples that draw from the global generator."""
+
+    def __init__(self) -> None:
+        self.data = loaders()[0].dataset
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.data[index]
+        return x + torch.randn(12), y
+
+
 class Words(pl.LightningModule):
     """Batches are dictionaries; forward asks for some of their entries by name."""
 
@@ -510,7 +526,8 @@ def test_generators_are_not_disturbed(tmp_path: Path) -> None:
     def run(callbacks: list[Any]) -> list[Tensor]:
         torch.manual_seed(7)
         module = ToyModule(wide_network(dropout=0.5))
-        trainer(tmp_path, callbacks, max_epochs=2).fit(module, *loaders(shuffle=True))
+        data = torch.utils.data.DataLoader(Augmented(), 8, shuffle=True)
+        trainer(tmp_path, callbacks, max_epochs=2).fit(module, data, loaders()[1])
         return [p.detach() for p in module.parameters()]
 
     with pytest.warns(NoEffectWarning):
@@ -522,6 +539,7 @@ def test_generators_are_not_disturbed(tmp_path: Path) -> None:
 def test_what_a_cut_itself_cost(tmp_path: Path, at: str) -> None:
     """Validated right after it: what the compact network gives then, and nothing else is any different for it."""
     states: list[dict[str, Tensor]] = []
+    metrics: list[dict[str, float]] = []
 
     class Keep(pl.Callback):
         validations = 0
@@ -531,6 +549,9 @@ def test_what_a_cut_itself_cost(tmp_path: Path, at: str) -> None:
 
         def on_validation_end(self, *_: Any) -> None:
             Keep.validations += 1
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            metrics.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
     def run(measured: bool) -> tuple[RunRecord, list[Tensor]]:
         torch.manual_seed(7)
@@ -547,6 +568,8 @@ def test_what_a_cut_itself_cost(tmp_path: Path, at: str) -> None:
     heard = Keep.validations
     record, same = run(True)
     assert Keep.validations == 2 * heard
+    assert metrics[: len(metrics) // 2] == metrics[len(metrics) // 2 :]
+    assert metrics[-1]
     assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
     assert [row.metrics for row in record.rounds] == [row.metrics for row in plain.rounds]
     assert [row.best for row in record.rounds] == [row.best for row in plain.rounds]
