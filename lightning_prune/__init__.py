@@ -21,7 +21,7 @@ from lightning_prune.callbacks import (
     WeightRewind,
     load_compact_checkpoint,
 )
-from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
+from lightning_prune.channels import Budget, RemovalPlan, compact, feature_ranks, plan_removal, trace_channels
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.connectivity import ErrorRate, LinearPath, linear_mode_connectivity
@@ -96,6 +96,7 @@ __all__ = [
     "count_costs",
     "export_onnx",
     "export_program",
+    "feature_ranks",
     "linear_mode_connectivity",
     "load_compact",
     "load_compact_checkpoint",

@@ -4,6 +4,7 @@ from lightning_prune.channels.alignment import alignment
 from lightning_prune.channels.blocks import Blocks, find_blocks, score_blocks
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.compact import CompactReport, compact
+from lightning_prune.channels.feature_maps import feature_ranks
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis
 from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
 from lightning_prune.channels.residual import Block
@@ -21,6 +22,7 @@ __all__ = [
     "RemovalPlan",
     "alignment",
     "compact",
+    "feature_ranks",
     "find_blocks",
     "plan_removal",
     "plan_widths",

@@ -76,6 +76,7 @@ PUBLIC = [
     "ResumeError",
     "RunRecord",
     "SelectionError",
+    "feature_ranks",
     "SlimmingPruner",
     "SlimmingRegularizer",
     "Ticket",

@@ -28,7 +28,11 @@ def _names(text: str) -> list[str]:
     return [n for name in text.split() for n in (name, name + "_")]
 
 
-@rule(*_names(_UNARY), *_names(_NARY))
+POINTWISE = frozenset([*_names(_UNARY), *_names(_NARY)])
+"""Operations that treat every element alike."""
+
+
+@rule(*POINTWISE)
 def elementwise(labels: Labels, op: Op) -> None:
     """Labels that meet are unified; the result carries them on."""
     operands = op.tensors()
