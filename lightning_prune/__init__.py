@@ -10,6 +10,7 @@ from lightning_prune.actions import Supermask, mask_weights, supermask
 from lightning_prune.callbacks import (
     ChannelPruner,
     CostProfiler,
+    HRankPruner,
     IterativeMagnitudePruner,
     LRRewind,
     Position,
@@ -64,6 +65,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "FileFormatError",
+    "HRankPruner",
     "IterativeMagnitudePruner",
     "LRRewind",
     "Latency",

@@ -4,6 +4,7 @@ from lightning_prune.callbacks.channels import ChannelPruner
 from lightning_prune.callbacks.connectivity import RoundConnectivity
 from lightning_prune.callbacks.costs import CostProfiler
 from lightning_prune.callbacks.events import Position, PruneEvent
+from lightning_prune.callbacks.hrank import HRankPruner
 from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
 from lightning_prune.callbacks.plans import load_compact_checkpoint
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
@@ -14,6 +15,7 @@ from lightning_prune.callbacks.tickets import TicketWriter
 __all__ = [
     "ChannelPruner",
     "CostProfiler",
+    "HRankPruner",
     "IterativeMagnitudePruner",
     "LRRewind",
     "Position",

@@ -96,7 +96,12 @@ def to_batch(batch: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
 
 
 def inputs_of(batch: Any, module: nn.Module) -> Any:
-    """The part of a training batch that goes into ``module``, two samples of it.
+    """Two samples of what :func:`arguments_of` gives."""
+    return _first_samples(arguments_of(batch, module))
+
+
+def arguments_of(batch: Any, module: nn.Module) -> Any:
+    """The part of a training batch that goes into ``module``.
 
     A mapping gives keyword arguments by their names; a sequence its first items, as many as ``forward`` asks for;
     anything else is the one argument.
@@ -122,7 +127,7 @@ def inputs_of(batch: Any, module: nn.Module) -> Any:
             "example_inputs (a tuple of arguments, or a dict of keyword arguments), or set "
             "self.example_input_array on the LightningModule."
         )
-    return _first_samples(inputs)
+    return inputs
 
 
 def _first_samples(inputs: Any) -> Any:

@@ -102,8 +102,8 @@ def _threshold(maps: Tensor) -> float:
 def _count(maps: Tensor, ranks: Tensor, places: Tensor) -> Tensor:
     """Write ranks by the signs of pivots into their places; which are certain.
 
-    Errors: the factors are those of a matrix that differs by at most ``gamma |L||D||L^T|``, of which the trace is summed
-    up on the way; the rounding of the Gram matrix comes on top.
+    Errors: the factors are those of a matrix that differs by at most ``gamma |L||D||L^T|``, of which the trace is
+    summed up on the way; the rounding of the Gram matrix comes on top.
     """
     wide = maps.double()
     gram = wide @ wide.mT

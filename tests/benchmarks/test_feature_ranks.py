@@ -72,7 +72,7 @@ def test_one_pass_beside_a_pass_for_each_layer(data_root: Any, monkeypatch: pyte
     for found, means in zip(ranks.values(), expected, strict=True):
         assert torch.allclose(found.float(), means, atol=1e-4)
     print(
-        f"\n{IMAGES} images, one thread, CPU time: {theirs:.2f} s a layer and a map at a time, {ours:.3f} s in one pass "
-        f"(first call {warm:.3f} s): {theirs / ours:.1f} times faster, the same ranks"
+        f"\n{IMAGES} images, one thread, CPU time: {theirs:.2f} s a layer and a map at a time, {ours:.3f} s in one "
+        f"pass (first call {warm:.3f} s): {theirs / ours:.1f} times faster, the same ranks"
     )
     assert theirs / ours > 20

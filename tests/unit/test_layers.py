@@ -65,6 +65,7 @@ PUBLIC = [
     "export_onnx",
     "export_program",
     "FileFormatError",
+    "HRankPruner",
     "IterativeMagnitudePruner",
     "LRRewind",
     "MaskMismatchError",

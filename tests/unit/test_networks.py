@@ -23,6 +23,7 @@ from lightning_prune.experiments.networks import (
     Conv6,
     DenseNet40,
     LeNet300100,
+    MLP500300,
     PreActResNet164,
     ResNet20,
     ResNet32,
@@ -33,7 +34,7 @@ from lightning_prune.experiments.networks import (
 )
 
 CLASSES = [getattr(networks, name) for name in networks.__all__ if name != "torchvision_model"]
-INPUTS = {LeNet300100: (1, 28, 28), SmallConvNet: (1, 8, 8)}
+INPUTS = {LeNet300100: (1, 28, 28), MLP500300: (1, 28, 28), SmallConvNet: (1, 8, 8)}
 
 
 def parameters(network: nn.Module) -> int:
@@ -90,7 +91,7 @@ def test_exact_sizes_that_the_docstrings_state() -> None:
     assert found["LeNet300100"] == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10 == 266_610
     assert weights(Conv6()) == 2_261_184
     expected = {"ResNet20": 269_722, "ResNet32": 464_154, "ResNet56": 853_018, "ResNet110": 1_727_962}
-    expected |= {"VGG16BN": 14_991_946, "VGG19BN": 20_035_018, "DenseNet40": 1_059_298}
+    expected |= {"VGG16BN": 14_991_946, "VGG19BN": 20_035_018, "DenseNet40": 1_059_298, "MLP500300": 546_610}
     assert {name: found[name] for name in expected} == expected
     for name, count in expected.items():
         assert f"{count:,}" in getattr(networks, name).__doc__
