@@ -11,6 +11,7 @@ from lightning_prune.experiments.data import (
     TensorLoader,
 )
 from lightning_prune.experiments.networks import (
+    MLP500300,
     VGG16BN,
     VGG19BN,
     Conv2,
@@ -18,7 +19,6 @@ from lightning_prune.experiments.networks import (
     Conv6,
     DenseNet40,
     LeNet300100,
-    MLP500300,
     PreActResNet164,
     ResNet20,
     ResNet32,
@@ -32,6 +32,7 @@ from lightning_prune.experiments.schedules import Cosine, Drops, OneCycle, Sched
 __all__ = [
     "CIFAR10",
     "CIFAR100",
+    "MLP500300",
     "MNIST",
     "VGG16BN",
     "VGG19BN",
@@ -45,7 +46,6 @@ __all__ = [
     "ImageClassifier",
     "ImageFolders",
     "LeNet300100",
-    "MLP500300",
     "OneCycle",
     "PreActResNet164",
     "ResNet20",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lightning_prune.errors import ConfigError
 from lightning_prune.experiments import networks
 from lightning_prune.experiments.networks import (
+    MLP500300,
     VGG16BN,
     VGG19BN,
     Conv2,
@@ -23,7 +24,6 @@ from lightning_prune.experiments.networks import (
     Conv6,
     DenseNet40,
     LeNet300100,
-    MLP500300,
     PreActResNet164,
     ResNet20,
     ResNet32,

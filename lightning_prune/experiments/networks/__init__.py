@@ -2,11 +2,12 @@
 
 from lightning_prune.experiments.networks.densenet import DenseNet40
 from lightning_prune.experiments.networks.resnet import PreActResNet164, ResNet20, ResNet32, ResNet56, ResNet110
-from lightning_prune.experiments.networks.small import Conv2, Conv4, Conv6, LeNet300100, MLP500300, SmallConvNet
+from lightning_prune.experiments.networks.small import MLP500300, Conv2, Conv4, Conv6, LeNet300100, SmallConvNet
 from lightning_prune.experiments.networks.vgg import VGG16BN, VGG19BN
 from lightning_prune.experiments.networks.zoo import torchvision_model
 
 __all__ = [
+    "MLP500300",
     "VGG16BN",
     "VGG19BN",
     "Conv2",
@@ -14,7 +15,6 @@ __all__ = [
     "Conv6",
     "DenseNet40",
     "LeNet300100",
-    "MLP500300",
     "PreActResNet164",
     "ResNet20",
     "ResNet32",
