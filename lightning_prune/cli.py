@@ -22,6 +22,7 @@ from lightning_prune.record import JSON_NAME, RunRecord
 
 COMMANDS = {
     "channels": "lightning_prune.commands.channels",
+    "compare": "lightning_prune.commands.compare",
     "connectivity": "lightning_prune.commands.connectivity",
     "export": "lightning_prune.commands.export",
     "models": "lightning_prune.commands.models",
@@ -123,7 +124,7 @@ def closing_lines(folder: Path) -> str:
         lines.append(f"  checkpoints             checkpoints/ ({len(checkpoints)})")
     lines += [
         "Try next:",
-        f"  this run as a table     lightning-prune report {folder}",
+        f"  this run as a page      lightning-prune report {folder}",
         "  another length or seed  --trainer.max_epochs 30, --seed_everything 1",
     ]
     if (folder / "checkpoints" / "last.ckpt").exists() and not compact:

@@ -1,0 +1,232 @@
+"""Reports over many runs: grouping, spread, the Pareto front, and pages that stand alone and believe no name."""
+
+import csv
+import io
+import json
+import math
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_prune.cli import main
+from lightning_prune.record import Round, RunRecord
+from lightning_prune.reports.page import page_of
+from lightning_prune.reports.runs import front, group_runs
+
+HOSTILE = "<script>alert(1)</script>\"'|&\n"
+
+
+def run_of(
+    seed: int, accuracy: list[float], method: str = "Pruner", layer: str = "conv", costs: bool = True, **settings: Any
+) -> RunRecord:
+    """A run whose round r keeps half of what round r - 1 kept of 1,000 weights."""
+    record = RunRecord({method: settings | {"seed": seed}}, seed, {"torch": "2.x"})
+    for index, value in enumerate(accuracy):
+        kept = 1000 // 2**index
+        row = Round(index, 10 * index, index, 10, kept, 1000, "d", {layer: (kept, 1000)}, metrics={"val_acc": value})
+        record.add_round(row, 1.5)
+        if costs and index:
+            numbers = {"num_macs_nonzero": 2 * kept, "num_params_nonzero": kept, "latency_ms": 3.0 - index / 4,
+                       "theoretical_speedup": 2.0**index, "measured_speedup": 1.0 + index / 8}  # fmt: skip
+            dense = {"dense_macs": 2000, "dense_params": 1000, "comparison": {"first": {"median_ms": 3.25}}}
+            record.costs.append({"label": f"round {index}", "round": index, "numbers": numbers} | dense)
+    return record
+
+
+class Page(HTMLParser):
+    """Tags, the cells of the table, and whether every tag that opens also closes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data
+
+
+def write(folder: Path, runs: dict[str, RunRecord]) -> Path:
+    for name, run in runs.items():
+        run.write(folder / name)
+    return folder
+
+
+def test_seeds_group_and_methods_part() -> None:
+    runs = [run_of(0, [0.9, 0.8], rate=1), run_of(0, [0.9, 0.6], rate=2), run_of(1, [0.7, 0.6, 0.5], rate=1)]
+    one, two = group_runs(runs, "val_acc")
+    assert (one.name, one.seeds, two.name) == ("Pruner (rate=1)", "0, 1", "Pruner (rate=2)")
+    assert len(one.points) == 3
+    metric = one.points[1].values["metric"]
+    assert (metric.mean, metric.low, metric.high, metric.count) == (pytest.approx(0.7), 0.6, 0.8, 2)
+    assert one.points[2].values["metric"].count == 1
+    assert one.points[1].values["macs"].mean == 50.0
+    assert one.points[0].values["latency_ms"].mean == 3.25  # the dense network, from the comparison with it
+    assert one.points[0].values["macs"].mean == 100.0
+
+
+def test_numbers_that_are_none_are_left_out() -> None:
+    (group,) = group_runs([run_of(0, [0.5, math.nan]), run_of(1, [0.7, 0.5])], "val_acc")
+    assert group.points[1].values["metric"].count == 1
+    assert group.points[1].values["metric"].mean == 0.5
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12), st.booleans(), st.booleans())
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]], lower: bool, rises: bool) -> None:
+    data = np.array(points, dtype=float).reshape(-1, 2) * [1 if rises else -1, 1 if lower else -1]
+    expected = [
+        i for i, own in enumerate(data) if not any((other <= own).all() and (other < own).any() for other in data)
+    ]
+    assert sorted(front(points, lower, rises)) == expected
+
+
+def test_the_page_stands_alone_and_believes_no_name() -> None:
+    runs = [run_of(0, [0.9, 0.8, 0.7], HOSTILE, HOSTILE), run_of(1, [0.9, 0.85, 0.6], f"{HOSTILE}2", HOSTILE)]
+    for run in runs:
+        run.environment[HOSTILE] = HOSTILE
+    text = page_of(group_runs(runs, "val_acc"), "val_acc", [HOSTILE])
+    page = Page(text)
+    assert not page.open
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "alert(1)</script>" not in text
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object")
+        assert not {"src", "href", "onclick", "onload"} & set(attributes)
+    assert "url(" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+    charts = text.split("<svg")[1:]
+    assert len(charts) == 5 + 2  # sparsity, parameters, MACs, latency, speed-up; layers of two methods
+    for chart in charts:
+        ElementTree.fromstring("<svg" + chart.split("</svg>")[0] + "</svg>")
+    for word in ("prefers-color-scheme:dark", "width=device-width", "Rings:"):
+        assert word in text
+    assert page.rows[1][0] == HOSTILE
+
+
+def test_the_table_holds_the_numbers() -> None:
+    page = Page(page_of(group_runs([run_of(0, [0.9, 0.8]), run_of(1, [0.8, 0.7])], "val_acc"), "val_acc"))
+    head, dense, first = page.rows
+    assert head[:7] == ["method", "round", "runs", "sparsity, %", "val_acc", "lowest", "highest"]
+    assert dense[:7] == ["Pruner", "0", "2", "0", "0.85", "0.8", "0.9"]
+    assert first[:7] == ["Pruner", "1", "2", "50", "0.75", "0.7", "0.8"]
+    assert first[head.index("measured speed-up (ratio of latencies)")] == "1.125"
+
+
+def test_different_networks_are_named() -> None:
+    small = RunRecord({"Pruner": {}}, 0, {})
+    small.add_round(Round(0, 1, 1, 1, 7, 7, "d", metrics={"val_acc": 0.5}))
+    text = page_of(group_runs([run_of(0, [0.9, 0.8]), small], "val_acc"), "val_acc")
+    assert "they have 7, 1,000 prunable weights" in text
+
+
+def test_many_runs_stay_small_and_quick() -> None:
+    runs = [run_of(s, [0.9 - 0.001 * s - 0.01 * r for r in range(9)], rate=s % 250) for s in range(500)]
+    start = time.perf_counter()
+    text = page_of(group_runs(runs, "val_acc"), "val_acc")
+    assert time.perf_counter() - start < 10
+    assert len(text.encode()) < 6e6
+    assert len(Page(text).rows) == 1 + 250 * 9
+
+
+def test_the_command_shows_good_runs_and_names_bad_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path / "runs", {"a": run_of(0, [0.9, 0.8]), "b": run_of(1, [0.8, 0.7]), "c": run_of(2, [0.1])})
+    newer = json.loads((folder / "c" / "record.json").read_text()) | {"version": 99}
+    (folder / "c" / "record.json").write_text(json.dumps(newer))
+    (folder / "d").mkdir()
+    (folder / "d" / "record.json").write_text('{"format": "lightning_prune.rec')
+    page = tmp_path / "page.html"
+    main(["report", str(folder), "--output", str(page)])
+    seen = capsys.readouterr()
+    assert "version 99" in seen.err
+    assert seen.err.count("left out:") == 2
+    text = page.read_text(encoding="utf-8")
+    assert "version 99" in text
+    assert Page(text).rows[1][2] == "2"
+
+
+def test_markdown_csv_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, {"a": run_of(0, [0.9, 0.8], "A|B"), "b": run_of(1, [0.8, 0.7], "C")})
+    main(["report", str(folder), "--format", "csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["method"], row["round"], float(row["val_acc"])) for row in rows] == [
+        ("A|B", "0", 0.9), ("A|B", "1", 0.8), ("C", "0", 0.8), ("C", "1", 0.7)]  # fmt: skip
+    main(["report", str(folder), "--format", "md"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[2].startswith("| A\\|B | 0 | 1 |")
+    pytest.importorskip("matplotlib")
+    main(["report", str(folder), "--output", str(tmp_path / "p.png")])
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_one_method_and_a_control_make_the_paired_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, shift in (("own", 0.0), ("control", 0.1)):
+        for seed in (0, 1):
+            record = RunRecord({"Pruner": {"reinit": name == "control"}}, seed, {})
+            for index in (0, 1):
+                metrics = {"val_acc": 0.9 - shift - 0.1 * index + 0.02 * seed}
+                best = {"step": 5, "metrics": metrics, "monitor": "val_acc"}
+                record.add_round(Round(index, 10, 1, 10, 10 - index, 10, "d", metrics=metrics, best=best))
+            record.write(tmp_path / f"{name}{seed}")
+    own, control = ([str(tmp_path / f"{name}{seed}") for seed in (0, 1)] for name in ("own", "control"))
+    main(["report", *own, "--control", *control, "--metric", "val_acc"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in lines[0].strip("|").split("|")][-1] == "ticket - control"
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")][-1] == "+10.00 ± 0.00"
+    main(["report", *own, "--format", "md"])
+    assert "at the best step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{}/none"], "no runs to report on"),
+        (["{}/a", "--metric", "f1"], "no run recorded metric 'f1'; recorded: val_acc"),
+        (["{}/a", "--control", "{}/a", "--format", "csv"], "--control belongs to --format md"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, {"a": run_of(0, [0.9, 0.8])})
+    with pytest.raises(SystemExit):
+        main(["report", *(argument.format(tmp_path) for argument in arguments)])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_compare_puts_two_methods_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {"a/0": run_of(0, [0.9, 0.8]), "a/1": run_of(1, [0.9, 0.6]), "b": run_of(0, [0.9, 0.75, 0.5])}
+    write(tmp_path, runs)
+    main(["compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    text = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[0] == "│"]
+    assert cells[0] == ["val_acc", "0", "0.9", "0.9", "+0"]
+    assert cells[1][1:] == ["1", "0.7 (0.6 to 0.8)", "0.75", "+0.05"]
+    assert cells[2][1:] == ["2", "-", "0.5", ""]
