@@ -10,6 +10,7 @@ from lightning_prune.callbacks.plans import load_compact_checkpoint
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.callbacks.slimming import SlimmingRegularizer
 from lightning_prune.callbacks.slimming_pruner import SlimmingPruner
+from lightning_prune.callbacks.supermask import SupermaskScorer
 from lightning_prune.callbacks.tickets import TicketWriter
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RoundConnectivity",
     "SlimmingPruner",
     "SlimmingRegularizer",
+    "SupermaskScorer",
     "TicketWriter",
     "WeightRewind",
     "load_compact_checkpoint",

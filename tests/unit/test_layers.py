@@ -90,6 +90,7 @@ PUBLIC = [
     "prunable_parameters",
     "save_ticket",
     "Supermask",
+    "SupermaskScorer",
     "mask_weights",
     "supermask",
     "score_weights",
