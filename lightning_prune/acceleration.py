@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,11 +184,11 @@ def _choose(model: nn.Module, example_inputs: Any, seconds: float, contiguous: b
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d) and _density(layer) <= MOST_DENSITY
     }
-    inputs = _layer_inputs(model, sparse, example_inputs)
     chosen: list[LayerChoice] = []
     for name, layer in sparse.items():
-        forms = candidates(layer, contiguous) if name in inputs else {}
-        tried = {form: _ratio(layer, other, inputs[name], seconds) for form, other in forms.items()}
+        x = _layer_input(model, layer, example_inputs)  # as it comes from the forms that were chosen before
+        forms = {} if x is None else candidates(layer, contiguous)
+        tried = {form: _ratio(layer, other, x, seconds) for form, other in forms.items() if x is not None}
         ratios = {form: ratio for form, ratio in tried.items() if ratio is not None}
         gains = {form: ratio for form, ratio in ratios.items() if ratio.high < GAIN}
         best = min(gains, key=lambda form: gains[form].median, default="dense")
@@ -203,19 +202,15 @@ def _density(layer: nn.Linear | nn.Conv2d) -> float:
     return int(torch.count_nonzero(layer.weight)) / max(layer.weight.numel(), 1)
 
 
-def _layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], example_inputs: Any) -> dict[str, Tensor]:
-    """What each layer gets in its first call."""
-    found: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-
-            def see(_: nn.Module, args: Any, name: str = name) -> None:
-                if args and name not in found:
-                    found[name] = args[0].detach().clone()
-
-            stack.callback(layer.register_forward_pre_hook(see).remove)
+def _layer_input(model: nn.Module, layer: nn.Module, example_inputs: Any) -> Tensor | None:
+    """What a layer gets in its first call, in the same layout; None if it is not called."""
+    found: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: found.append(args[0].detach().clone()) if args else None)
+    try:
         _outputs(model, example_inputs)
-    return found
+    finally:
+        hook.remove()
+    return found[0] if found else None
 
 
 def _ratio(dense: nn.Module, other: nn.Module, x: Tensor, seconds: float) -> Interval | None:

@@ -23,8 +23,9 @@ class _Compressed(nn.Module):
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta")
             rows = weight.detach().to_sparse_csr()
         self.shape = tuple(weight.shape)
-        self.register_buffer("starts", rows.crow_indices())
-        self.register_buffer("columns", rows.col_indices())
+        # of 32 bits: the kernels take them as they are, longer ones are converted at every call
+        self.register_buffer("starts", rows.crow_indices().int())
+        self.register_buffer("columns", rows.col_indices().int())
         self.register_buffer("values", rows.values())
         column = weight.new_zeros(len(weight)) if bias is None else bias
         self.register_buffer("bias", column.detach().reshape(-1, 1).clone())
