@@ -1,0 +1,71 @@
+"""What sparsity training adds to a step: the penalty's own CPU time beside the whole step's, in the same fit."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune import SlimmingRegularizer
+from lightning_prune.experiments import MLP500300, ResNet20
+from tests._helpers.models import ToyModule, trainer
+
+pytestmark = pytest.mark.bench
+STEPS = 12
+
+
+class Clock(pl.Callback):
+    """CPU time of whole steps, after the first two."""
+
+    def __init__(self) -> None:
+        self.seconds = self.start = 0.0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.start = time.process_time()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx > 1:
+            self.seconds += time.process_time() - self.start
+
+
+class Timed(SlimmingRegularizer):
+    """Adds up the CPU time of its own work, after the first two steps."""
+
+    seconds, calls = 0.0, 0
+
+    def _timed(self, work: Any, *args: Any) -> None:
+        start = time.process_time()
+        work(*args)
+        self.calls += 1
+        if self.calls > 2:
+            self.seconds += time.process_time() - start
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        if self.update == "subgradient":
+            self._timed(super().on_before_optimizer_step, *args)
+
+    def _after_step(self, *args: Any) -> None:
+        self._timed(super()._after_step, *args)
+
+
+@pytest.mark.parametrize("update", ["subgradient", "proximal"])
+@pytest.mark.parametrize("coupled", ["each", "group"])
+@pytest.mark.parametrize(("build", "shape", "batch"), [(ResNet20, (3, 32, 32), 64), (MLP500300, (1, 28, 28), 256)])
+def test_the_penalty_costs_at_most_a_hundredth_of_a_step(
+    tmp_path: Any, build: type[nn.Module], shape: tuple[int, ...], batch: int, coupled: Any, update: Any
+) -> None:
+    data = TensorDataset(torch.randn(STEPS * batch, *shape), torch.randint(10, (STEPS * batch,)))
+    penalise, clock = Timed(1e-4, update, coupled), Clock()
+    module = ToyModule(build(), lambda m: SGD(m.parameters(), 0.01, momentum=0.9))
+    options = {"max_epochs": 1, "limit_val_batches": 0, "logger": False}
+    trainer(tmp_path, [clock, penalise], **options).fit(module, DataLoader(data, batch), DataLoader(data, batch))
+    part = penalise.seconds / clock.seconds
+    print(
+        f"\n{build.__name__}, batch {batch}, {update}, {coupled}: {penalise.seconds / (STEPS - 2) * 1e3:.3f} ms of "
+        f"{clock.seconds / (STEPS - 2) * 1e3:.1f} ms a step: {100 * part:.2f} %"
+    )
+    assert 0 < part < (0.01 if build is ResNet20 or coupled == "each" else 0.03)
