@@ -23,7 +23,15 @@ from lightning_prune.callbacks import (
     WeightRewind,
     load_compact_checkpoint,
 )
-from lightning_prune.channels import Budget, RemovalPlan, compact, feature_ranks, plan_removal, trace_channels
+from lightning_prune.channels import (
+    Budget,
+    ChannelSelection,
+    RemovalPlan,
+    compact,
+    feature_ranks,
+    plan_removal,
+    trace_channels,
+)
 from lightning_prune.checkpoint import Ticket, load_ticket, save_ticket
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.connectivity import ErrorRate, LinearPath, linear_mode_connectivity
@@ -58,6 +66,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "ChannelPruner",
+    "ChannelSelection",
     "ConfigError",
     "CostProfiler",
     "Costs",

@@ -3,6 +3,7 @@
 from lightning_prune.channels.alignment import alignment
 from lightning_prune.channels.blocks import Blocks, find_blocks, score_blocks
 from lightning_prune.channels.budget import Budget
+from lightning_prune.channels.choice import ChannelSelection
 from lightning_prune.channels.compact import CompactReport, compact
 from lightning_prune.channels.feature_maps import feature_ranks
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis
@@ -17,6 +18,7 @@ __all__ = [
     "Budget",
     "ChannelGraph",
     "ChannelGroup",
+    "ChannelSelection",
     "CompactReport",
     "FrozenAxis",
     "RemovalPlan",

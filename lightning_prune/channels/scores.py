@@ -48,7 +48,8 @@ def score_norms(group: ChannelGroup, model: nn.Module, p: float = 2.0, reduction
     """Score channels by the norm of the weights that make them.
 
     Paper: Li et al. 2017, arXiv:1608.08710, section 3.1 (``p=1``). Deviation: a channel that several layers make (a
-    residual stage) is scored by all of them; the paper lets the shortcut's layer decide.
+    residual stage) is scored by all of them; the paper lets the shortcut's layer decide. Channels that a
+    :class:`ChannelSelection` passes on are scored by the weights that read them.
 
     Args:
         group: The group.
@@ -60,7 +61,8 @@ def score_norms(group: ChannelGroup, model: nn.Module, p: float = 2.0, reduction
         Returns (group.size,), float64 on the CPU.
     """
     powers = []
-    for name, axis in group.makers:
+    makers = [maker for maker in group.makers if fetch(model, maker[0]).is_floating_point()]
+    for name, axis in makers or _readers(group, model):
         tensor = fetch(model, name).detach()
         others = [a for a in range(tensor.dim()) if a != axis]
         norms = torch.linalg.vector_norm(tensor, p, others) if others else tensor.abs()
@@ -68,6 +70,11 @@ def score_norms(group: ChannelGroup, model: nn.Module, p: float = 2.0, reduction
     if reduction is None:
         return combine(powers, "sum") ** (1 / p)
     return combine([power ** (1 / p) for power in powers], reduction)
+
+
+def _readers(group: ChannelGroup, model: nn.Module) -> list[tuple[str, int]]:
+    """The (name, axis) pairs of the matrices and kernels that read a group's channels."""
+    return [(name, axis) for name, axis, _ in group.members if fetch(model, name).dim() > 1]
 
 
 def score_geometric_median(group: ChannelGroup, model: nn.Module, reduction: Reduction = "mean") -> Tensor:

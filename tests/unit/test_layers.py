@@ -46,6 +46,7 @@ PUBLIC = [
     "count_costs",
     "Budget",
     "ChannelPruner",
+    "ChannelSelection",
     "load_compact_checkpoint",
     "RemovalPlan",
     "compact",

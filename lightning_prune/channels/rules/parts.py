@@ -253,11 +253,18 @@ def index(labels: Labels, op: Op) -> None:
 
 @rule("index_select")
 def index_select(labels: Labels, op: Op) -> None:
-    """Look positions up by number along one axis."""
-    x, out = tensor(op, 0), op.outs[0]
+    """Look positions up by number along one axis.
+
+    Numbers that a buffer holds (:class:`ChannelSelection`) can leave themselves: what they pick makes channels anew.
+    """
+    x, numbers, out = tensor(op, 0), tensor(op, 2), op.outs[0]
     axis = axes_of(op.args[1], len(x.shape))[0]
     out.factors = labels.drop(x, [axis], "its positions are looked up by number")
     out.weight = x.weight
+    picked = labels.along(numbers, 0) if numbers.buffer and len(numbers.shape) == 1 else None
+    if picked is not None:
+        labels.issued.append(picked)
+        out.factors.append(picked.reshape((1,) * axis + (-1,) + (1,) * (len(x.shape) - axis - 1)))
 
 
 @rule("pixel_shuffle", "pixel_unshuffle")

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_prune.channels import ChannelSelection
 from lightning_prune.experiments.networks.init import (
     check_classes,
     conv_normal,
@@ -108,8 +109,9 @@ class ResNet110(_CifarResNet):
 class _PreActBottleneck(nn.Module):
     """BatchNorm, ReLU, convolution three times (1x1, 3x3, 1x1 to four times the channels) beside a shortcut."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int, project: bool) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, project: bool, selection: bool) -> None:
         super().__init__()
+        self.select = ChannelSelection(in_channels) if selection else nn.Identity()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
@@ -119,7 +121,7 @@ class _PreActBottleneck(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, 4 * channels, 1, stride=stride, bias=False) if project else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(images)))
+        out = self.conv1(F.relu(self.bn1(self.select(images))))
         out = self.conv2(F.relu(self.bn2(out)))
         return self.conv3(F.relu(self.bn3(out))) + self.shortcut(images)
 
@@ -131,13 +133,14 @@ class PreActResNet164(nn.Module):
     the shortcut of each stage's first block; a last BatchNorm and ReLU before the mean over positions.
 
     Papers: He et al. 2016, arXiv:1603.05027; Liu et al. 2017, arXiv:1708.06519, whose initialisation this follows:
-    convolutions N(0, 2 / (k k out)), BatchNorm scales 0.5, no biases in convolutions. Deviation: no channel-selection
-    layers, which hold no weights.
+    convolutions N(0, 2 / (k k out)), BatchNorm scales 0.5, no biases in convolutions.
 
     Args:
         num_classes: Outputs.
         width: Multiplies the channel counts.
         norm_scale: Initial scale of BatchNorm.
+        selection: Put a :class:`ChannelSelection` before the BatchNorm that opens each block and before the last one,
+            as Network Slimming does: channels between blocks then stay, and each reader loses its own.
 
     Shape:
         input: (N, 3, 32, 32); output: (N, num_classes) logits.
@@ -146,7 +149,9 @@ class PreActResNet164(nn.Module):
         ConfigError: ``num_classes`` below 2 or ``width`` not positive.
     """
 
-    def __init__(self, num_classes: int = 10, width: float = 1.0, norm_scale: float = 0.5) -> None:
+    def __init__(
+        self, num_classes: int = 10, width: float = 1.0, norm_scale: float = 0.5, selection: bool = False
+    ) -> None:
         super().__init__()
         self.norm_scale = norm_scale
         in_channels = scaled(16, width)
@@ -157,10 +162,11 @@ class PreActResNet164(nn.Module):
                 blocks = []
                 for block in range(18):
                     stride = 2 if stage > 0 and block == 0 else 1
-                    blocks.append(_PreActBottleneck(in_channels, channels, stride, project=block == 0))
+                    blocks.append(_PreActBottleneck(in_channels, channels, stride, block == 0, selection))
                     in_channels = 4 * channels
                 stages.append(nn.Sequential(*blocks))
             self.layer1, self.layer2, self.layer3 = stages
+            self.select = ChannelSelection(in_channels) if selection else nn.Identity()
             self.bn = nn.BatchNorm2d(in_channels)
             self.linear = nn.Linear(in_channels, check_classes(num_classes))
         self.reset_parameters()
@@ -172,4 +178,4 @@ class PreActResNet164(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch of images."""
         out = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return self.linear(F.relu(self.bn(out)).mean(dim=(2, 3)))
+        return self.linear(F.relu(self.bn(self.select(out))).mean(dim=(2, 3)))
