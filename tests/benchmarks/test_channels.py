@@ -21,6 +21,11 @@ HALF = Budget(channels=0.5)
 AIMS = {"resnet50": 0.5, "mobilenet_v2": 1.0, "efficientnet_b0": 1.0, "densenet121": 0.1}
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    torch.set_num_threads(2)
+
+
 def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None).eval()
 
