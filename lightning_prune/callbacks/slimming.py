@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
+from lightning_prune.channels.gates import Gates, gated_groups
 from lightning_prune.channels.slimming import (
     add_subgradient_,
     batch_norm_parameters,
@@ -51,12 +52,16 @@ class SlimmingRegularizer(Callback):
         coupled: Scales of channels that only leave together (a residual stage). ``"each"``: every scale for itself, as
             in the paper. ``"group"``: those of one channel by their common norm, so that they fall to zero together;
             needs a trace of the network.
+        gates: Scale channels that no BatchNorm scales (hidden units of an MLP, attention heads) by :class:`Gates`, so
+            that they can be slimmed too. The factors are folded into the weights that read these channels after every
+            step: the network and its ``state_dict`` stay plain. Needs a trace. Gates always take the proximal step, and
+            follow plain gradient descent at the optimizer's learning rate, whatever the optimizer.
         exclude: BatchNorms to leave alone, by name or pattern.
         module: Name of the submodule to regularise. Default: the LightningModule if it defines ``forward``, else its
             only child with parameters.
-        example_inputs: For the trace of ``coupled="group"``; as for :class:`ChannelPruner`.
+        example_inputs: For the trace; as for :class:`ChannelPruner`.
 
-    State saved: how many cuts it has seen.
+    State saved: how many cuts it has seen, and the gates.
 
     Raises:
         ConfigError: An argument out of range; in ``on_fit_start``: no BatchNorm with a trainable scale, scales that no
@@ -77,6 +82,7 @@ class SlimmingRegularizer(Callback):
         strength: float = 1e-4,
         update: Literal["subgradient", "proximal"] = "subgradient",
         coupled: Literal["each", "group"] = "each",
+        gates: bool = False,
         exclude: Sequence[str] = (),
         module: str | None = None,
         example_inputs: Any = None,
@@ -90,14 +96,18 @@ class SlimmingRegularizer(Callback):
         if isinstance(exclude, str):
             raise ConfigError(f"exclude={exclude!r}: expected a list of names; write exclude=[{exclude!r}].")
         self.strength, self.update, self.coupled = float(strength), update, coupled
+        self.with_gates = gates
         self.exclude, self.module, self.example_inputs = tuple(exclude), module, example_inputs
         self.round = 0
+        self._saved_gates: Mapping[str, Tensor] | None = None
         self._reset()
 
     def _reset(self) -> None:
         self._target: nn.Module | None = None
         self._scales: dict[str, nn.Parameter] = {}
         self._numbers: dict[str, Tensor] | None = None  # of coupled scales
+        self.gates: Gates | None = None
+        self._traced = False
         self._inputs: Any = None
         self._last_round: int | None = None  # in which there is no penalty
         self._plans: dict[int, tuple[list[nn.Parameter], Tensor | None]] = {}  # by optimizer
@@ -109,22 +119,23 @@ class SlimmingRegularizer(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin with no cut seen."""
         if stage == "fit":
-            self.round = 0
+            self.round, self._saved_gates = 0, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the scales, and refuse what cannot work."""
         self._release()
+        self._reset()
         name = find_module(pl_module, self.module)
         self._target = bare(pl_module.get_submodule(name))
         self._scales = self._find_scales(name)
         self._check_optimizers(trainer)
         rounds = [c.rounds for c in trainer.callbacks if getattr(c, "sends_prune_events", False)]  # type: ignore[attr-defined]
         self._last_round = rounds[0] if rounds else None
-        if self.coupled == "group":
+        if self.coupled == "group" or self.with_gates:
             self._inputs = early_inputs(self.example_inputs, trainer, pl_module, self._target)
             if self._inputs is not None:
-                self._couple(trainer)
-        if self.update == "proximal":
+                self._trace(trainer)
+        if self.update == "proximal" or self.with_gates:
             self._handles = [o.register_step_post_hook(self._after_step) for o in trainer.optimizers]
 
     def _find_scales(self, name: str) -> dict[str, nn.Parameter]:
@@ -132,15 +143,16 @@ class SlimmingRegularizer(Callback):
         with uncompiled(self._target):
             found = batch_norm_parameters(self._target)
             names = list(found)
-            if not found:
+            if not found and not self.with_gates:
                 raise ConfigError(
                     f"{type(self._target).__name__} has no BatchNorm with a trainable scale, so there is nothing to "
-                    "regularise. Use ChannelPruner with another criterion ('l2', 'taylor')."
+                    "regularise. Let gates scale its channels (gates=True), or use ChannelPruner with another "
+                    "criterion ('l2', 'taylor')."
                 )
             for pattern in self.exclude:
                 for left_out in matching(pattern.removeprefix(f"{name}."), names, "exclude"):
                     found.pop(left_out, None)
-        if not found:
+        if not found and not self.with_gates:
             raise ConfigError(f"exclude={list(self.exclude)} leaves no BatchNorm to regularise.")
         return found
 
@@ -154,23 +166,36 @@ class SlimmingRegularizer(Callback):
                 )
             held |= {id(p) for group in optimizer.param_groups for p in group["params"]}
         stepped = [name for name, scale in self._scales.items() if id(scale) in held]
-        if not stepped:
+        if self._scales and not stepped:
             raise ConfigError(
                 f"no optimizer steps the scales ({next(iter(self._scales))}, ...), so no penalty moves them."
             )
         self._scales = {name: self._scales[name] for name in stepped}
         adaptive = next((o for o in trainer.optimizers if not isinstance(o, SGD)), None)
-        if self.update == "subgradient" and adaptive is not None:
+        if self.update == "subgradient" and adaptive is not None and stepped:
             rank_zero_warn(
                 f"{type(adaptive).__name__} may divide the penalty's sub-gradient by its own size, so that strength "
                 f"{self.strength} does not mean what it does under SGD: use SlimmingRegularizer(update='proximal')."
             )
 
-    def _couple(self, trainer: pl.Trainer) -> None:
+    def _trace(self, trainer: pl.Trainer) -> None:
         assert self._target is not None
+        self._traced = True
         with undisturbed(trainer.strategy.root_device), uncompiled(self._target):
             graph = trace_channels(self._target, self._inputs)
-            self._numbers = couple(graph.groups, graph.model, list(self._scales))
+            if self.coupled == "group" and self._scales:
+                self._numbers = couple(graph.groups, graph.model, list(self._scales))
+            if not self.with_gates:
+                return
+            groups = gated_groups(graph.groups, graph.model)
+            if not groups and not self._scales:
+                raise ConfigError(
+                    f"no channel of {type(graph.model).__name__} that can leave can be scaled: it has neither a "
+                    "BatchNorm nor layers that gates could act on. trace_channels(...).explain() says what stays."
+                )
+            self.gates = Gates(groups, graph.model)
+            if self._saved_gates is not None:
+                self.gates.load_state_dict(self._saved_gates)
 
     # ---------------------------------------------------------------- in rounds
 
@@ -183,16 +208,19 @@ class SlimmingRegularizer(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Trace with the first batch where nothing before it told what the network takes."""
-        if self.coupled == "group" and self._numbers is None:
+        if (self.coupled == "group" or self.with_gates) and not self._traced:
             assert self._target is not None
             self._inputs = inputs_of(batch, self._target)
-            self._couple(trainer)
+            self._trace(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Add the sub-gradient to what this step moves."""
         self._steps += 1
+        if self.gates is not None and self.active:
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            self.gates.take_gradients(parameters, _loss_scale(trainer, optimizer))
         if self.update != "subgradient" or not self.active:
             return
         scales, clusters = self._of(optimizer)
@@ -204,14 +232,17 @@ class SlimmingRegularizer(Callback):
                 parts = clusters.split([scale.numel() for scale in scales])
                 clusters = torch.cat([parts[i] for i in kept])
             scales = [scales[i] for i in kept]
-        add_subgradient_(scales, self.strength * _loss_scale(trainer, optimizer), clusters)
+        if scales:
+            add_subgradient_(scales, self.strength * _loss_scale(trainer, optimizer), clusters)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.active:
             return
-        scales, clusters = self._of(optimizer)
         rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-        if scales:
+        if self.gates is not None:
+            self.gates.step(rates, self.strength)
+        scales, clusters = self._of(optimizer)
+        if scales and self.update == "proximal":
             soft_threshold_(scales, [self.strength * rates[id(scale)] for scale in scales], clusters)
 
     def _of(self, optimizer: Optimizer) -> tuple[list[nn.Parameter], Tensor | None]:
@@ -230,6 +261,8 @@ class SlimmingRegularizer(Callback):
         """Follow channels that left."""
         self.round = event.round
         self._plans = {}
+        if self.gates is not None and event.plan is not None:
+            self.gates.follow(event.plan.keep)
         if self._numbers is not None and event.plan is not None:
             name = find_module(pl_module, self.module)
             prefix = f"{name}." if name else ""
@@ -242,7 +275,8 @@ class SlimmingRegularizer(Callback):
                 "an epoch of manual optimisation never reached on_before_optimizer_step, so the penalty never entered: "
                 "step the optimizers that self.optimizers() gives, not those of configure_optimizers."
             )
-        near, count = count_near_zero({name: scale.detach().abs() for name, scale in self._scales.items()})
+        scales = {name: scale.detach().abs() for name, scale in self._scales.items()}
+        near, count = count_near_zero(scales | (self.gates.values if self.gates is not None else {}))
         pl_module.log("prune/scales_near_zero", near / count)
 
     # ----------------------------------------------------------------- clean up
@@ -250,7 +284,7 @@ class SlimmingRegularizer(Callback):
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._reset()
+        self._handles = []
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Remove the hooks."""
@@ -262,12 +296,13 @@ class SlimmingRegularizer(Callback):
         self._release()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many cuts it has seen."""
-        return {"round": self.round}
+        """How many cuts it has seen, and the gates."""
+        return {"round": self.round} | ({} if self.gates is None else {"gates": self.gates.state_dict()})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up where a checkpoint stands."""
         self.round = int(state_dict["round"])
+        self._saved_gates = state_dict.get("gates")
 
 
 def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.remover import ChannelRemover
+from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.callbacks.slimming import SlimmingRegularizer
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.criteria import check_criterion, without_scale
+from lightning_prune.channels.gates import gated_groups
 from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
-from lightning_prune.channels.scores import Reduction, score_batch_norm
+from lightning_prune.channels.scores import Reduction, batch_norm_scales, score_batch_norm
 from lightning_prune.channels.slimming import count_near_zero, scale_norm_correlation
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.counting import RULES, Competition
@@ -31,7 +34,8 @@ class SlimmingPruner(ChannelRemover):
 
     What is counted: each channel that can leave counts once. Where several BatchNorms scale one channel (a residual
     stage), ``reduction`` of their absolute scales is its score; a sum would favour long stages. In a plain network
-    (VGG) these are the paper's scales, one for one. Channels that no BatchNorm scales stay.
+    (VGG) these are the paper's scales, one for one. Channels that no BatchNorm scales
+    stay, unless ``SlimmingRegularizer(gates=True)`` stands beside this callback: then their gates are their scales.
 
     Paper: Liu et al. 2017, arXiv:1708.06519, sections 3 and 4.5. Deviations: a budget is met exactly from below and may
     be in parameters or MACs; ``counting="network_slimming"`` is the authors' threshold instead, by which ``int(p * n) +
@@ -90,16 +94,35 @@ class SlimmingPruner(ChannelRemover):
                 f"counting={counting!r} is a threshold over channels: give Budget(channels=...) and no round_to."
             )
         self.counting, self.max_layer_fraction, self.reduction = counting, max_layer_fraction, reduction
+        self._regularizer: SlimmingRegularizer | None = None
         self.correlation: dict[str, float] = {}
         self._near_zero = (0, 0)
 
     def hold(self, graph: ChannelGraph) -> None:
-        """Keep groups that no BatchNorm scales whole."""
-        graph.keep_whole(without_scale(graph), "no BatchNorm scale judges it")
+        """Keep groups whole that neither a BatchNorm scales nor a gate."""
+        if self._regularizer is None:
+            graph.keep_whole(without_scale(graph), "no BatchNorm scale judges it")
+            return
+        gated = {group.name for group in gated_groups(graph.groups, graph.model)}
+        lacking = [g for g in graph.groups if g.name not in gated and not batch_norm_scales(g, graph.model)]
+        graph.keep_whole(lacking, "neither a BatchNorm scale nor a gate judges it")
+
+    def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
+        """Look for gates beside this callback."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        found = [c for c in callbacks if isinstance(c, SlimmingRegularizer) and c.with_gates]
+        self._regularizer = found[0] if found else None
+        return super().make_schedule(trainer)
 
     def score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
-        """Absolute BatchNorm scales; see what they look like."""
-        scores = {group.name: score_batch_norm(group, graph.model, self.reduction) for group in graph.groups}
+        """Absolute BatchNorm scales, and gates; see what they look like."""
+        gates = self._regularizer.gates if self._regularizer is not None else None
+        scores = {
+            group.name: score_batch_norm(group, graph.model, self.reduction)
+            if gates is None or group.name not in gates.values
+            else gates.values[group.name].double().cpu()
+            for group in graph.groups
+        }
         self._near_zero = count_near_zero(scores)
         self.correlation = scale_norm_correlation(scores, graph.groups, graph.model)
         return scores
