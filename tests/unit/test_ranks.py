@@ -55,7 +55,7 @@ def test_singular_values_around_the_threshold(size: int) -> None:
     maps = []
     for factor in (0.1, 0.3, 0.45, 0.6, 0.95, 1.0, 1.05, 1.4, 1.7, 3.0, 10.0):
         u, v = (torch.linalg.qr(torch.randn(20, size, size, generator=generator, dtype=torch.float64))[0] for _ in "uv")
-        values = torch.rand(20, size, generator=generator, dtype=torch.float64) * 0.9 + 0.1
+        values = torch.rand(20, size, generator=generator, dtype=torch.float64) * 0.15 + 0.05
         values[:, 0], values[:, -1] = 1.0, factor * size * torch.finfo(torch.float32).eps
         maps.append(((u * values[:, None]) @ v.mT).float())
     together = torch.cat(maps)
