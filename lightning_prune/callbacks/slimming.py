@@ -15,6 +15,7 @@ from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
 from lightning_prune.channels.gates import Gates, gated_groups
 from lightning_prune.channels.slimming import (
+    Clusters,
     add_subgradient_,
     batch_norm_parameters,
     count_near_zero,
@@ -110,7 +111,7 @@ class SlimmingRegularizer(Callback):
         self._traced = False
         self._inputs: Any = None
         self._last_round: int | None = None  # in which there is no penalty
-        self._plans: dict[int, tuple[list[nn.Parameter], Tensor | None]] = {}  # by optimizer
+        self._plans: dict[int, tuple[list[nn.Parameter], Clusters | None]] = {}  # by optimizer
         self._handles: list[RemovableHandle] = []
         self._steps = 0
 
@@ -229,8 +230,8 @@ class SlimmingRegularizer(Callback):
             if not kept:
                 return
             if clusters is not None:
-                parts = clusters.split([scale.numel() for scale in scales])
-                clusters = torch.cat([parts[i] for i in kept])
+                parts = clusters.numbers.split([scale.numel() for scale in scales])
+                clusters = Clusters(torch.cat([parts[i] for i in kept]))
             scales = [scales[i] for i in kept]
         if scales:
             add_subgradient_(scales, self.strength * _loss_scale(trainer, optimizer), clusters)
@@ -245,7 +246,7 @@ class SlimmingRegularizer(Callback):
         if scales and self.update == "proximal":
             soft_threshold_(scales, [self.strength * rates[id(scale)] for scale in scales], clusters)
 
-    def _of(self, optimizer: Optimizer) -> tuple[list[nn.Parameter], Tensor | None]:
+    def _of(self, optimizer: Optimizer) -> tuple[list[nn.Parameter], Clusters | None]:
         """The scales that an optimizer steps, and which belong together."""
         if id(optimizer) not in self._plans:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -253,7 +254,8 @@ class SlimmingRegularizer(Callback):
             clusters = None
             if self._numbers is not None and mine:
                 joined = torch.cat([self._numbers[name] for name in mine])
-                clusters = torch.unique(joined, return_inverse=True)[1].to(next(iter(mine.values())).device)
+                numbers = torch.unique(joined, return_inverse=True)[1]
+                clusters = Clusters(numbers.to(next(iter(mine.values())).device))
             self._plans[id(optimizer)] = (list(mine.values()), clusters)
         return self._plans[id(optimizer)]
 

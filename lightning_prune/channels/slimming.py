@@ -53,7 +53,31 @@ def couple(groups: Sequence[ChannelGroup], model: nn.Module, names: Sequence[str
     return dict(zip(names, dense.split(list(sizes.values())), strict=True))
 
 
-def penalty(scales: Sequence[Tensor], clusters: Tensor | None = None) -> Tensor:
+class Clusters:
+    """Which scales belong together, and how many each cluster has: counted once.
+
+    Args:
+        numbers: A number for each scale, from 0.
+
+    Shape:
+        numbers: (scales,).
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers
+        self.roots = torch.bincount(numbers).float().sqrt()
+
+    @classmethod
+    def of(cls, clusters: "Tensor | Clusters") -> "Clusters":
+        """From numbers, or as it is."""
+        return clusters if isinstance(clusters, Clusters) else cls(clusters)
+
+    def norms(self, values: Tensor) -> Tensor:
+        """The norm of each cluster's values."""
+        return torch.zeros_like(self.roots, dtype=values.dtype).index_add_(0, self.numbers, values.square()).sqrt()
+
+
+def penalty(scales: Sequence[Tensor], clusters: Tensor | Clusters | None = None) -> Tensor:
     """The penalty of network slimming: ``sum_c sqrt(n_c) * ||scales of cluster c||_2``.
 
     Without ``clusters`` every scale is one: the L1 norm. With them, scales that belong to one channel fall together;
@@ -71,20 +95,12 @@ def penalty(scales: Sequence[Tensor], clusters: Tensor | None = None) -> Tensor:
     """
     if clusters is None:
         return torch.stack([scale.abs().sum() for scale in scales]).sum()
-    flat = torch.cat([scale.flatten() for scale in scales])
-    squares, counts = _sums(flat.square(), clusters)
-    return (counts.sqrt() * squares.sqrt()).sum()
-
-
-def _sums(values: Tensor, clusters: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and count of the values of each cluster."""
-    size = int(clusters.max()) + 1
-    sums = values.new_zeros(size).index_add_(0, clusters, values)
-    return sums, values.new_zeros(size).index_add_(0, clusters, torch.ones_like(values))
+    groups = Clusters.of(clusters)
+    return (groups.roots * groups.norms(torch.cat([scale.flatten() for scale in scales]))).sum()
 
 
 @torch.no_grad()
-def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor | None = None) -> None:
+def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor | Clusters | None = None) -> None:
     """Add ``strength`` times the sub-gradient of :func:`penalty` to the scales' gradients, in place; 0 where it is 0.
 
     Args:
@@ -97,15 +113,18 @@ def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor
     if clusters is None:
         directions = torch._foreach_sign([scale.detach() for scale in scales])
     else:
+        groups = Clusters.of(clusters)
         flat = torch.cat([scale.detach().flatten() for scale in scales])
-        squares, counts = _sums(flat.square(), clusters)
-        factor = torch.where(squares > 0, (counts / squares.clamp_min(torch.finfo(flat.dtype).tiny)).sqrt(), 0)
-        directions = (flat * factor[clusters]).split([scale.numel() for scale in scales])
+        # 0 / tiny is 0: no direction where all scales of a cluster are 0
+        factor = groups.roots / groups.norms(flat).clamp_min(torch.finfo(flat.dtype).tiny)
+        directions = (flat * factor[groups.numbers]).split([scale.numel() for scale in scales])
     torch._foreach_add_(gradients, list(directions), alpha=strength)
 
 
 @torch.no_grad()
-def soft_threshold_(scales: Sequence[Tensor], thresholds: Sequence[float], clusters: Tensor | None = None) -> None:
+def soft_threshold_(
+    scales: Sequence[Tensor], thresholds: Sequence[float], clusters: Tensor | Clusters | None = None
+) -> None:
     """Move scales towards 0 by a threshold, and to exactly 0 where they are below it: the proximal map of the penalty.
 
     A cluster shrinks by ``sqrt(n_c)`` times its largest threshold in norm, in its own direction.
@@ -121,11 +140,12 @@ def soft_threshold_(scales: Sequence[Tensor], thresholds: Sequence[float], clust
         return
     sizes = [scale.numel() for scale in scales]
     flat = torch.cat([scale.flatten() for scale in scales])
-    squares, counts = _sums(flat.square(), clusters)
+    groups = Clusters.of(clusters)
     each = torch.cat([flat.new_full((n,), t) for n, t in zip(sizes, thresholds, strict=True)])
-    step = torch.zeros_like(squares).scatter_reduce_(0, clusters, each, "amax") * counts.sqrt()
-    factor = (1 - step / squares.sqrt().clamp_min(torch.finfo(flat.dtype).tiny)).clamp_min(0)
-    for scale, new in zip(scales, (flat * factor[clusters]).split(sizes), strict=True):
+    norms = groups.norms(flat)
+    step = torch.zeros_like(norms).scatter_reduce_(0, groups.numbers, each, "amax") * groups.roots
+    factor = (1 - step / norms.clamp_min(torch.finfo(flat.dtype).tiny)).clamp_min(0)
+    for scale, new in zip(scales, (flat * factor[groups.numbers]).split(sizes), strict=True):
         scale.copy_(new)
 
 
