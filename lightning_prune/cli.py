@@ -1,12 +1,13 @@
 """The command ``lightning-prune``: LightningCLI's subcommands (fit, validate, test, predict) on recipes."""
 
 import importlib
+import itertools
 import pickle
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -32,6 +33,34 @@ COMMANDS = {
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
 
 
+class RecipeParser(LightningArgumentParser):
+    """Says what is wrong with a recipe in a line or two, without all options and all types that did not fit either."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one message and leave with exit code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        print(f"lightning-prune: {essence(message)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def essence(message: str) -> str:
+    """The part of a parser's message that names the wrong value, with the option it stands under.
+
+    A recipe's classes are tried as every type that an option takes, and the parser lists why each did not fit. The
+    innermost class that was named is the one that was meant.
+    """
+    lines = message.splitlines()
+    starts = [i for i, line in enumerate(lines) if line.lstrip(" -").startswith("Problem with given class_path")]
+    if not starts:
+        return message
+    start = starts[-1]
+    depth = len(lines[start]) - len(lines[start].lstrip())
+    block = itertools.takewhile(lambda line: len(line) - len(line.lstrip()) > depth, lines[start + 1 :])
+    said = [lines[start].lstrip(" -"), *(line.strip() for line in block)]
+    return " ".join([lines[0].strip(), *said])
+
+
 class SaveRecipe(SaveConfigCallback):
     """Save the recipe beside the run; a resumed run writes into the folder it has had before."""
 
@@ -43,6 +72,12 @@ class SaveRecipe(SaveConfigCallback):
 
 class PruneCLI(LightningCLI):
     """LightningCLI that tests once after a fit, adds the result to the record and says where the files are."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make LightningCLI's parser, with messages of our own."""
+        parser = super().init_parser(**kwargs)
+        parser.__class__ = RecipeParser  # which class it makes cannot be told to every Lightning
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own options."""
@@ -155,9 +190,19 @@ def main(args: list[str] | None = None) -> None:
             auto_configure_optimizers=False,
             args=args,
         )
-    except (PruneError, MisconfigurationException, OSError) as error:
-        print(f"lightning-prune: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        meant = _meant(error)
+        if meant is None:  # a bug, ours or in the user's code: the traceback is what helps
+            raise
+        print(f"lightning-prune: {type(meant).__name__}: {meant}", file=sys.stderr)
         sys.exit(1)
+
+
+def _meant(error: BaseException | None) -> BaseException | None:
+    """The error that was raised on purpose, also where the parser that built the object has wrapped it."""
+    while error is not None and not isinstance(error, PruneError | MisconfigurationException | OSError):
+        error = error.__cause__
+    return error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
@@ -46,6 +47,23 @@ def rewinding_point(trainer: pl.Trainer) -> TrainTime | None:
             "one starting point. Give both the same time, in the same unit."
         )
     return starts.pop() if starts else None
+
+
+def require_whole_network(trainer: pl.Trainer, consequence: str) -> None:
+    """Refuse strategies under which a process may hold only parts of the network.
+
+    Args:
+        trainer: The trainer.
+        consequence: What then does not work: ``"so ..."``.
+
+    Raises:
+        ConfigError: Neither one device nor DDP.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ConfigError(
+            f"{type(trainer.strategy).__name__} holds parameters in a form of its own, {consequence}. Use "
+            "strategy='auto' on one device, or 'ddp'."
+        )
 
 
 def describe_rewinders(trainer: pl.Trainer) -> dict[str, Any]:

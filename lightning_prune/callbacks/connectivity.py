@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import to_batch
 from lightning_prune.callbacks.folders import run_folder
@@ -91,11 +91,7 @@ class RoundConnectivity(Callback):
         if stage != "fit":
             return
         require_pruner(trainer, self)
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ConfigError(
-                f"{type(trainer.strategy).__name__} may hold parts of the network on each process, between which no "
-                "line can be drawn here. Use strategy='auto' on one device, or 'ddp'."
-            )
+        require_whole_network(trainer, "so no line can be drawn between two networks here")
         self.rows, self._before, self._round, self._density = [], None, 0, [1.0]
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:

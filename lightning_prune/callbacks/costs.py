@@ -8,14 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.company import decided_once
+from lightning_prune.callbacks.company import decided_once, require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import find_module, given_inputs, inputs_of, samples, to_batch
 from lightning_prune.callbacks.folders import tries_out
+from lightning_prune.callbacks.screen import LiveTable
 from lightning_prune.costs import Costs, RunAs, count_costs, measure_savings
 from lightning_prune.costs.savings import HEADER, Savings
 from lightning_prune.errors import ConfigError, PruneError
@@ -98,7 +98,7 @@ class CostProfiler(Callback):
         self._hook: Any = None
         self._group: Any = None
         self._round = 0
-        self._header_shown = False
+        self._table = LiveTable(verbose)
 
     # ------------------------------------------------------------------- set up
 
@@ -106,13 +106,10 @@ class CostProfiler(Callback):
         """Keep a copy of the dense network: a resumed run's checkpoint has not been loaded yet."""
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ConfigError(
-                f"{type(trainer.strategy).__name__} holds parameters in a form of its own, so no process can time the "
-                "network. Use strategy='auto' on one device, or 'ddp'."
-            )
+        require_whole_network(trainer, "so no process can time the network")
         self.rows, self._inputs, self._dense, self._dense_costs = [], None, None, None
-        self._round, self._header_shown = 0, False
+        self._round = 0
+        self._table = LiveTable(self.verbose)
         if next(pl_module.parameters(), None) is not None:  # else configure_model() will build it
             self._keep_dense(pl_module)
 
@@ -210,7 +207,7 @@ class CostProfiler(Callback):
             if getattr(callback, "sends_prune_events", False) and hasattr(callback, "record_costs"):
                 callback.record_costs(trainer, row)
         self._log(trainer, numbers)
-        self._print(trainer, line)
+        self._table.print(trainer, lambda: HEADER, line)
 
     def _once(self, measure: Callable[[], Any]) -> Any:
         try:
@@ -259,18 +256,6 @@ class CostProfiler(Callback):
             logger.log_metrics({f"prune/{name}": value for name, value in numbers.items()}, step=trainer.global_step)
             if callable(getattr(logger, "log_table", None)):  # WandbLogger's
                 logger.log_table("prune/costs", columns=columns, data=table, step=trainer.global_step)  # type: ignore[attr-defined]
-
-    def _print(self, trainer: pl.Trainer, line: str) -> None:
-        if not self.verbose or not trainer.is_global_zero:
-            return
-        lines = [line] if self._header_shown else [HEADER, line]
-        self._header_shown = True
-        bar = trainer.progress_bar_callback
-        for text in lines:
-            if bar is not None and getattr(bar, "is_enabled", True):
-                bar.print(text)
-            else:
-                print(text)
 
     # -------------------------------------------------------------------- state
 

@@ -8,7 +8,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.company import compare_ranks, gradients_may_change, rewinding_point
+from lightning_prune.callbacks.company import (
+    compare_ranks,
+    gradients_may_change,
+    require_whole_network,
+    rewinding_point,
+)
 from lightning_prune.callbacks.enforce import MaskEnforcer
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.pruner import RoundPruner
@@ -127,6 +132,7 @@ class IterativeMagnitudePruner(RoundPruner):
 
     def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
         """Every round is a training of full length, from the rewinding point on."""
+        require_whole_network(trainer, "among parts of which no global selection is made yet")
         self.masks = None
         return RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer))
 

@@ -16,6 +16,7 @@ from lightning_prune.callbacks import monitors
 from lightning_prune.channels.compact import plans_of, remember
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
+from lightning_prune.files import check_archive
 from lightning_prune.prunable import canonical_name
 from lightning_prune.wrappers import bare, uncompiled
 
@@ -200,6 +201,7 @@ def _built(cls: type[Module], checkpoint: dict[str, Any], where: str, arguments:
 def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileFormatError(f"{path} does not exist, or is no file; expected a checkpoint of Lightning's.")
+    check_archive(path)
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:

@@ -16,6 +16,7 @@ from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_sched
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.files import check_archive
 from lightning_prune.resume import ResumeState
 from lightning_prune.times import TrainTime
 
@@ -114,6 +115,13 @@ class RoundPruner(Callback):
         self._schedule = self.make_schedule(trainer)
         self._schedule.prepare(trainer)
         self._resume.attach(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a file with changed bytes, which torch loads without a word."""
+        if trainer.ckpt_path and Path(trainer.ckpt_path).is_file():
+            check_archive(trainer.ckpt_path)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what to prune, read the length of one training, raise the limit to hold all rounds."""

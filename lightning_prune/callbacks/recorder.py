@@ -13,6 +13,7 @@ from lightning_prune.callbacks import monitors
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.callbacks.screen import LiveTable
 from lightning_prune.environment import describe_environment
 from lightning_prune.record import Round, RunRecord, check_free
 from lightning_prune.record_table import header_text, row_text
@@ -32,7 +33,6 @@ class RoundRecorder:
         self.record: RunRecord | None = None
         self.folder: Path | None = None
         self._wanted = (monitor, mode, dirpath)
-        self._verbose = verbose
         self._monitor: str | None = monitor
         self._mode = mode or "max"
         self._metrics: dict[str, float] = {}
@@ -42,7 +42,7 @@ class RoundRecorder:
         self._start: dict[str, float] = {}
         self._earlier: dict[str, Any] = {}
         self._since = time.monotonic()
-        self._header_shown = False
+        self._table = LiveTable(verbose)
 
     def start(self, trainer: pl.Trainer, method: dict[str, Any], *, resumed: bool) -> None:
         """Begin the record, or take up a resumed one and cut its files back to it.
@@ -55,7 +55,7 @@ class RoundRecorder:
         self._monitor = monitor or (watched[0] if watched else None)
         self._mode = mode or (watched[1] if watched and watched[0] == self._monitor else "max")
         self.folder = Path(dirpath) if dirpath is not None else run_folder(trainer)
-        self._header_shown = False
+        self._table.restart()
         self._since = time.monotonic()
         if resumed:
             assert self.record is not None
@@ -144,27 +144,14 @@ class RoundRecorder:
         )
         self.record.add_round(row, seconds=time.monotonic() - self._since)
         self._write(trainer)
-        self._print(trainer, row)
+        text = row_text(row, self._monitor, self.record.rounds[0])
+        self._table.print(trainer, lambda: header_text(self._monitor, row.unit), text)
 
     def add_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         """Take up a measurement of :class:`CostProfiler`."""
         if self.record is not None:
             self.record.costs.append(row)
             self._write(trainer)
-
-    def _print(self, trainer: pl.Trainer, row: Round) -> None:
-        if not self._verbose or not trainer.is_global_zero:
-            return
-        assert self.record is not None
-        lines = [] if self._header_shown else [header_text(self._monitor, row.unit)]
-        self._header_shown = True
-        lines.append(row_text(row, self._monitor, self.record.rounds[0]))
-        bar = trainer.progress_bar_callback
-        for line in lines:
-            if bar is not None and getattr(bar, "is_enabled", True):
-                bar.print(line)
-            else:
-                print(line)
 
     def _write(self, trainer: pl.Trainer) -> None:
         if self.folder is not None and self.record is not None and trainer.is_global_zero:

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -23,20 +23,6 @@ from lightning_prune.errors import ConfigError
 from lightning_prune.wrappers import bare, is_compiled, uncompiled
 
 _NOT_SLICED = ("ZeroRedundancyOptimizer", "PostLocalSGDOptimizer", "DistributedOptimizer")
-
-
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Refuse strategies under which parameters cannot shrink in place.
-
-    Raises:
-        ConfigError: Neither one device nor DDP.
-    """
-    strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ConfigError(
-            f"{type(strategy).__name__} holds parameters in a form of its own, so channels cannot leave during a fit. "
-            "Use strategy='auto' on one device, or 'ddp'."
-        )
 
 
 def check_optimizers_of(trainer: pl.Trainer) -> None:

@@ -10,12 +10,18 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_prune.callbacks.company import compare_ranks, decided_once, rewinding_point, together
+from lightning_prune.callbacks.company import (
+    compare_ranks,
+    decided_once,
+    require_whole_network,
+    rewinding_point,
+    together,
+)
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
 from lightning_prune.callbacks.plans import forget_plans, keep_plans, write_plans
 from lightning_prune.callbacks.pruner import RoundPruner
-from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, check_strategy, remove
+from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, remove
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.validation import validate_quietly
 from lightning_prune.channels.alignment import AUTO, RoundTo
@@ -146,7 +152,7 @@ class ChannelRemover(RoundPruner):
     def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
         """Rounds end where cuts are asked for."""
         self.reset()
-        check_strategy(trainer)
+        require_whole_network(trainer, "so channels cannot leave during a fit")
         return RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer), self.at)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

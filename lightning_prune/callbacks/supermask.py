@@ -7,12 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.actions import check_actions, supermask
 from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.rewind import named_state, require_pruner
@@ -111,11 +111,7 @@ class SupermaskScorer(Callback):
         if stage != "fit":
             return
         require_pruner(trainer, self)
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ConfigError(
-                f"{type(trainer.strategy).__name__} may hold parts of the network on each process, to which initial "
-                "weights cannot be written. Use strategy='auto' on one device, or 'ddp'."
-            )
+        require_whole_network(trainer, "so initial weights cannot be written to it")
         self.rows, self._initial, self._grads, self._masks = [], None, {}, None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

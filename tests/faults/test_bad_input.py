@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import SGD
 from torch.optim import lr_scheduler as lrs
@@ -26,6 +28,7 @@ from lightning_prune import (
     WeightRewind,
     load_ticket,
 )
+from lightning_prune.files import check_archive
 from tests._helpers.models import ToyModule, loaders, toy_network, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -158,6 +161,35 @@ def test_a_checkpoint_of_other_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_checkpoint_with_one_changed_weight(tmp_path: Path) -> None:
+    """Which torch and Lightning load without a word."""
+    file = checkpointed(tmp_path)
+    weight = torch.load(file, weights_only=True)["state_dict"]["network.0.weight"].numpy().tobytes()
+    content = bytearray(file.read_bytes())
+    content[content.index(weight) + 3] ^= 0x40
+    file.write_bytes(content)
+    assert torch.load(file, weights_only=True)["state_dict"]["network.0.weight"].numpy().tobytes() != weight
+    run = trainer(tmp_path / "b", [prune(), WeightRewind("0st")], max_epochs=2)
+    with pytest.raises(FileFormatError, match=r"ckpt is damaged.* CRC-32 .*Use an earlier checkpoint"):
+        run.fit(ToyModule(), *loaders(), ckpt_path=file)
+
+
+def test_a_checkpoint_written_without_checksums_is_taken(tmp_path: Path) -> None:
+    file = tmp_path / "plain.ckpt"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.rand(5)}, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(file) as archive:
+        assert {record.CRC for record in archive.infolist()} == {0}
+    check_archive(file)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(FileFormatError, match="is damaged"):
+        check_archive(file)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 @pytest.mark.filterwarnings("ignore:.*holds no resume state")
 def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "ckpt", filename="{epoch}")
@@ -237,9 +269,40 @@ def test_the_command_says_what_is_wrong_without_a_page_of_traceback(
     assert not list(tmp_path.rglob("record.json"))
 
 
+@pytest.mark.parametrize(
+    ("was", "wrong", "message"),
+    [
+        ("rounds: 6", "rounds: six", """Parser key "rounds": Expected a <class 'int'>. Got value: six"""),
+        ("rounds: 6", "round: 6", "IterativeMagnitudePruner': Option 'round' is not accepted"),
+        ("fraction: 0.3", "fraction: 1.3", "ConfigError: fraction=1.3: expected the fraction"),
+        ("to: 10%", "to: 150%", "WeightRewind(to)='150%'"),
+        ("Pruner\n", "Prunner\n", "no attribute 'IterativeMagnitudePrunner'"),
+        ("SmallConvNet", "SmallCovNet", "SmallCovNet"),
+    ],
+)
+def test_a_wrong_value_in_a_recipe_is_named_in_a_few_lines(tmp_path: Path, was: str, wrong: str, message: str) -> None:
+    text = (ROOT / "recipes" / "quickstart.yaml").read_text(encoding="utf-8")
+    assert was in text
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace(was, wrong), encoding="utf-8")
+    line = [sys.executable, "-m", "lightning_prune.cli", "fit", "--config", str(recipe)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode in (1, 2)
+    said = done.stderr.replace("Seed set to 0\n", "")
+    assert message in said
+    assert len(said) < 700
+    assert not list(tmp_path.rglob("record.json"))
+
+
 def test_the_command_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "bad.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
     done = command(tmp_path, "--ckpt_path", "bad.ckpt")
     assert done.returncode != 0
     assert "bad.ckpt" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_strategies_that_shard_parameters_are_refused() -> None:
+    sharded = type("Trainer", (), {"strategy": ModelParallelStrategy()})()
+    with pytest.raises(ConfigError, match=r"ModelParallelStrategy holds parameters in a form of its own, among parts"):
+        prune().make_schedule(sharded)
