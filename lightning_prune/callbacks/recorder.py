@@ -16,7 +16,7 @@ from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.screen import LiveTable
 from lightning_prune.environment import describe_environment
 from lightning_prune.record import Round, RunRecord, check_free
-from lightning_prune.record_table import header_text, row_text
+from lightning_prune.record.table import header_text, row_text
 
 
 class RoundRecorder:

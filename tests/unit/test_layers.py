@@ -15,7 +15,7 @@ PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking", "patterns"},
-    {"masks", "scores", "actions", "selection", "record", "record_table", "costs"},
+    {"masks", "scores", "actions", "selection", "record", "costs"},
     {"channels"},
     {"acceleration", "compressed", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up

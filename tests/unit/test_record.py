@@ -15,7 +15,7 @@ from lightning_prune import environment, record
 from lightning_prune.environment import describe_environment
 from lightning_prune.errors import ConfigError, FileFormatError
 from lightning_prune.record import Round, RunRecord, check_free
-from lightning_prune.record_table import header_text, row_text
+from lightning_prune.record.table import header_text, row_text
 
 
 def row(index: int = 0, **parts: Any) -> Round:

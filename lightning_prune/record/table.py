@@ -2,7 +2,7 @@
 
 import math
 
-from lightning_prune.record import Round
+from lightning_prune.record.round import Round
 
 _SHOWN_COSTS = ("channels", "params", "macs")
 
