@@ -1,5 +1,6 @@
 """Record what one forward pass of a model does, as a list of tensor operations."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class Recording:
     outputs: list[Value] = field(default_factory=list)
     result: Any = None
     leaves: dict[str, Value] = field(default_factory=dict)
-    values: dict[int, Value] = field(default_factory=dict)  # by the identity of tensors, while the pass runs
+    known: Callable[[Tensor], Value | None] = lambda _: None  # what a tensor is called, while the pass runs
 
 
 def _collect(items: Any, found: list[Value]) -> None:
@@ -92,22 +93,47 @@ def _collect(items: Any, found: list[Value]) -> None:
             _collect(item, found)
 
 
+_MARK = "_lightning_prune_value"
+
+
 class _Recorder(TorchDispatchMode):
+    """Records operations. Parameters and buffers are told by identity, other tensors by a mark on them.
+
+    Not by identity, which is used again once a tensor dies; and keeping every tensor alive would take the memory of
+    all activations at once, which costs more time than the recording itself.
+    """
+
     def __init__(self, leaves: dict[int, Value], state: "_State", ops: list[Op]) -> None:
         super().__init__()
-        self.values = leaves
-        self.keep: list[Tensor] = []  # identities are reused once a tensor dies
+        self.leaves = leaves
         self.ops = ops
         self.state = state
         self.names: dict[Any, str] = {}
+        self.marked: list[weakref.ref[Tensor]] = []
+
+    def known(self, tensor: Tensor) -> Value | None:
+        """What a tensor is called, if this pass has met it."""
+        value = self.leaves.get(id(tensor))
+        if value is None:
+            owner, value = getattr(tensor, _MARK, (None, None))
+            if owner is not self.state:  # a tensor that the model has kept from an earlier pass
+                return None
+        return value
 
     def value(self, tensor: Tensor) -> Value:
-        value = self.values.get(id(tensor))
+        value = self.known(tensor)
         if value is None:
             value = Value(tuple(tensor.shape))
-            self.values[id(tensor)] = value
-            self.keep.append(tensor)
+            setattr(tensor, _MARK, (self.state, value))
+            self.marked.append(weakref.ref(tensor))
         return value
+
+    def remove_marks(self) -> None:
+        """From tensors that are still alive: results, and what the model keeps."""
+        for reference in self.marked:
+            tensor = reference()
+            if tensor is not None and hasattr(tensor, _MARK):
+                delattr(tensor, _MARK)
 
     def convert(self, item: Any) -> Any:
         if isinstance(item, Tensor):
@@ -197,14 +223,15 @@ def record(
             leaves[id(tensor)] = by_name[name] = Value(tuple(tensor.shape), name, is_buffer)
     state = _State()
     recorder = _Recorder(leaves, state, recording.ops)
-    recording.values = recorder.values
+    recording.known = recorder.known
     inputs = map_tensors(torch.clone, example_inputs)
     with ExitStack() as stack:
         state.modules = stack.enter_context(following(model))
         stack.enter_context(evaluation(model, grad=grad, training=training))
         stack.enter_context(recorder)
         stack.enter_context(_Intents(state))
+        stack.callback(recorder.remove_marks)
         recording.result = call_model(model, inputs)
-    known = recorder.values
-    recording.outputs = [known[id(t)] for t in output_tensors(recording.result) if id(t) in known]
+        results = [recorder.known(tensor) for tensor in output_tensors(recording.result)]
+    recording.outputs = [value for value in results if value is not None]
     return recording

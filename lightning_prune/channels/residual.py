@@ -100,7 +100,7 @@ def _calls(model: nn.Module, recording: Recording) -> Iterator[Call]:
 
 
 def _node(recording: Recording, tensor: Any) -> Node | None:
-    value = recording.values.get(id(tensor)) if isinstance(tensor, Tensor) else None
+    value = recording.known(tensor) if isinstance(tensor, Tensor) else None
     if value is None:
         return None
     ops = recording.ops
