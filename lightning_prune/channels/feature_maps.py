@@ -15,6 +15,7 @@ from lightning_prune.channels.recording import Op, Value
 from lightning_prune.channels.rules.elementwise import POINTWISE
 from lightning_prune.channels.trace import ChannelGraph, trace_channels
 from lightning_prune.errors import ConfigError, TraceError
+from lightning_prune.progress import progress
 from lightning_prune.running import call_model, evaluation, map_tensors
 from lightning_prune.wrappers import bare, uncompiled
 
@@ -206,7 +207,7 @@ def sum_ranks(graph: ChannelGraph, batches: Iterable[Any], images: int) -> RankS
     found = RankSums({}, {tap.name: tap.limit for tap in taps})
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     reader = _Reader(taps)
-    with uncompiled(model), evaluation(model):
+    with uncompiled(model), evaluation(model), progress("ranks of feature maps, images", images) as bar:
         for batch in batches:
             inputs, count = _first(batch, images - found.images)
             inputs = map_tensors(lambda t: t.detach().to(device), inputs)
@@ -214,6 +215,7 @@ def sum_ranks(graph: ChannelGraph, batches: Iterable[Any], images: int) -> RankS
             with reader:
                 call_model(model, inputs)
             found.images += count
+            bar.advance(count)
             if found.images >= images:
                 break
     if found.images < images:

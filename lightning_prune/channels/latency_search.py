@@ -11,6 +11,7 @@ from torch import nn
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.costs.latency import LatencyComparison, compare_latency
 from lightning_prune.errors import BudgetError, NoEffectWarning
+from lightning_prune.progress import progress
 from lightning_prune.running import copy_model
 
 WITHIN = 0.05
@@ -58,24 +59,26 @@ class _Search:
         least = self.least()
         over, under = (1.0, 1.0), None  # (MACs, latency) of the nearest candidates on both sides of the target
         guess = max(self.target, least)
-        for turn in range(MOST_TRIALS):
-            trial = self.try_at(guess)
-            if trial is None:  # the widths of an earlier candidate
-                if under is not None or guess <= least:
+        with progress("latency search, candidates at most", MOST_TRIALS) as bar:
+            for turn in range(MOST_TRIALS):
+                trial = self.try_at(guess)
+                bar.advance()
+                if trial is None:  # the widths of an earlier candidate
+                    if under is not None or guess <= least:
+                        break
+                    guess = max(0.85 * guess, least)
+                    continue
+                if trial.off(self.target) <= WITHIN:
                     break
-                guess = max(0.85 * guess, least)
-                continue
-            if trial.off(self.target) <= WITHIN:
-                break
-            point = trial.fraction, trial.found.ratio
-            if point[1] <= self.target:
-                under = point
-            else:
-                over = point
-                if guess <= least:
-                    self.refuse(trial)
-                    break
-            guess = max(_next_guess(over, under, self.target, middle=turn % 2 == 1), least)
+                point = trial.fraction, trial.found.ratio
+                if point[1] <= self.target:
+                    under = point
+                else:
+                    over = point
+                    if guess <= least:
+                        self.refuse(trial)
+                        break
+                guess = max(_next_guess(over, under, self.target, middle=turn % 2 == 1), least)
         return min(self.trials, key=lambda trial: trial.off(self.target))
 
     def try_at(self, fraction: float) -> _Trial | None:

@@ -3,7 +3,9 @@
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from lightning_prune.environment import describe_environment
@@ -34,12 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         for unit in analysis.units():
             print(f"{'done' if analysis.is_done(unit) else 'to do'}  {_command(arguments, unit)}")
         return
-    for unit in _chosen(analysis, given.only):
-        if analysis.is_done(unit):
-            print(f"{unit.name}: done before")
-        else:
-            print(f"{unit.name}: training")
-            analysis.run(unit)
+    _train(analysis, _chosen(analysis, given.only))
     if given.only:
         return
     entries = measure(analysis)
@@ -86,6 +83,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print every run as a command of its own, and stop")
     parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="draw none")
     return parser
+
+
+def _train(analysis: Analysis, units: Sequence[Unit]) -> None:
+    """Train what is missing, with Lightning's progress bar; say which training it is and about how long is left."""
+    for unit in units:
+        if analysis.is_done(unit):
+            print(f"{unit.name}: done before")
+    to_do = [unit for unit in units if not analysis.is_done(unit)]
+    begin = time.monotonic()
+    for done, unit in enumerate(to_do):
+        rest = timedelta(seconds=round((time.monotonic() - begin) / max(done, 1) * (len(to_do) - done)))
+        left = f", about {rest} left" if done else ""
+        print(f"{unit.name}: training {done + 1} of {len(to_do)}{left}", flush=True)
+        analysis.run(unit)
 
 
 def _chosen(analysis: Analysis, only: str | None) -> list[Unit]:

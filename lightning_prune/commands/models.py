@@ -14,6 +14,7 @@ import torch
 from lightning_prune.channels.budget import Budget
 from lightning_prune.environment import describe_environment
 from lightning_prune.errors import ConfigError
+from lightning_prune.progress import progress
 from lightning_prune.reports.coverage import COLUMNS, CoverageTable, ZooModel, check_model
 from lightning_prune.reports.zoo import zoo
 
@@ -88,14 +89,16 @@ def run(entries: Sequence[ZooModel], output: Path | None, *, resume: bool) -> No
         if done:
             print(f"{len(done)} of {len(entries)} networks have a result in {output}", flush=True)
         print(" | ".join(COLUMNS), flush=True)
-        for entry in entries:
-            if entry in done:
-                continue
-            start = time.perf_counter()
-            row = check_model(entry, Budget(channels=FRACTION))
-            print(" | ".join([*row.cells(), f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
-            if table:
-                table.add(entry.section, row)
+        left = [entry for entry in entries if entry not in done]
+        with progress("networks", len(left)) as bar:
+            for entry in left:
+                bar.advance(0, now=entry.name)
+                start = time.perf_counter()
+                row = check_model(entry, Budget(channels=FRACTION))
+                print(" | ".join([*row.cells(), f"{time.perf_counter() - start:.1f} s in all"]), flush=True)
+                if table:
+                    table.add(entry.section, row)
+                bar.advance()
     finally:
         torch.set_num_threads(threads)
 

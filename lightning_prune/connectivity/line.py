@@ -13,6 +13,7 @@ from lightning_prune.connectivity.batch_norm import check_batches, recalibrate, 
 from lightning_prune.connectivity.error_rate import ErrorRate
 from lightning_prune.connectivity.states import Line, Masks, check_masks, put_back
 from lightning_prune.errors import ConfigError, NoEffectWarning
+from lightning_prune.progress import progress
 
 ErrorFunction = Callable[[nn.Module], float | Mapping[str, float]]
 
@@ -158,21 +159,33 @@ def _errors(
     """The errors at each place, one split like the other."""
     together = error.points_per_pass if isinstance(error, ErrorRate) else 1
     found: list[dict[str, float]] = []
-    for start in range(0, len(alphas), together):
-        states = []
-        for alpha in alphas[start : start + together]:
-            line.move_to(alpha)
-            if batches is not None:
-                recalibrate(line.model, batches)
-            if together == 1:
-                found.append(numbers(error(line.model), f"alpha={alpha:.3f}"))
-            else:
-                states.append(line.current())
-        if states:
-            assert isinstance(error, ErrorRate)
-            found += error.of_states(line.model, states)
+    with progress("errors along the line, places", len(alphas)) as bar:
+        for start in range(0, len(alphas), together):
+            here = alphas[start : start + together]
+            found += _errors_at(line, here, error, batches, together > 1)
+            bar.advance(len(here))
     if any(at.keys() != found[0].keys() for at in found):
         raise ConfigError("error() gave other splits at one place of the line than at another.")
+    return found
+
+
+def _errors_at(
+    line: Line, alphas: tuple[float, ...], error: ErrorFunction, batches: Iterable[Any] | None, together: bool
+) -> list[dict[str, float]]:
+    """The errors at some places; ``together``: the data is read once for all of them."""
+    found: list[dict[str, float]] = []
+    states = []
+    for alpha in alphas:
+        line.move_to(alpha)
+        if batches is not None:
+            recalibrate(line.model, batches)
+        if together:
+            states.append(line.current())
+        else:
+            found.append(numbers(error(line.model), f"alpha={alpha:.3f}"))
+    if states:
+        assert isinstance(error, ErrorRate)
+        found = error.of_states(line.model, states)
     return found
 
 

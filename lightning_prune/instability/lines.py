@@ -1,7 +1,7 @@
 """Lines between the ends of branches, measured once each."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lightning_prune.connectivity.batch_norm import tracked_norms
 from lightning_prune.errors import ConfigError
 from lightning_prune.files import read_json, write_json
 from lightning_prune.instability.analysis import Analysis, Unit
+from lightning_prune.progress import progress
 
 Line = dict[str, Any]
 
@@ -34,23 +35,35 @@ def measure(analysis: Analysis) -> list[Line]:
         One entry a line: ``seed``, ``at``, ``step``, ``end``, ``round``, ``density``, ``copies``, ``batch_norm``,
         ``aligned``, ``same_noise``, and what :meth:`LinearPath.to_json` gives.
     """
-    settings, found = analysis.settings, []
-    measuring: _Measuring | None = None
-    for one, two in pairs(analysis):
-        for aligned in (False, True) if settings.align else (False,):
-            for batch_norm in ("interpolate", "recalibrate"):
-                name = f"line{one.copy}-{two.copy}-{batch_norm}{'-aligned' if aligned else ''}.json"
-                path = analysis.path(one).parent / name
-                entry = read_json(path, "a measured line") if path.exists() else None
-                if entry is None or not _fits(entry, analysis):
-                    measuring = measuring or _Measuring(analysis)
-                    line = measuring.line(one, two, batch_norm, aligned)
-                    if line is None:
-                        continue
-                    entry = _entry(analysis, one, two, batch_norm, aligned, line)
-                    write_json(path, entry)
-                found.append(entry)
+    found: list[Line] = []
+    measuring: list[_Measuring] = []  # made when the first line is missing
+    treatments = list(product((False, True) if analysis.settings.align else (False,), ("interpolate", "recalibrate")))
+    ends = list(pairs(analysis))
+    with progress("lines between two copies", len(ends) * len(treatments)) as bar:
+        for (one, two), (aligned, batch_norm) in product(ends, treatments):
+            entry = _line(analysis, measuring, one, two, batch_norm, aligned)
+            found += [] if entry is None else [entry]
+            bar.advance()
     return found
+
+
+def _line(
+    analysis: Analysis, measuring: list["_Measuring"], one: Unit, two: Unit, batch_norm: str, aligned: bool
+) -> Line | None:
+    """One line, read or measured; ``None`` where the treatment makes no difference to this network."""
+    name = f"line{one.copy}-{two.copy}-{batch_norm}{'-aligned' if aligned else ''}.json"
+    path = analysis.path(one).parent / name
+    entry = read_json(path, "a measured line") if path.exists() else None
+    if entry is not None and _fits(entry, analysis):
+        return dict(entry)
+    if not measuring:
+        measuring.append(_Measuring(analysis))
+    line = measuring[0].line(one, two, batch_norm, aligned)
+    if line is None:
+        return None
+    entry = _entry(analysis, one, two, batch_norm, aligned, line)
+    write_json(path, entry)
+    return entry
 
 
 def _fits(entry: Line, analysis: Analysis) -> bool:

@@ -14,7 +14,8 @@ import lightning_prune
 PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "times", "files", "environment", "prunable", "running", "wrappers", "counting", "ranking", "patterns"},
+    {"errors", "times", "files", "environment", "progress"}
+    | {"prunable", "running", "wrappers", "counting", "ranking", "patterns"},
     {"masks", "scores", "actions", "selection", "record", "costs"},
     {"channels"},
     {"acceleration", "compressed", "connectivity", "checkpoint", "compact_files", "export"},
