@@ -107,6 +107,13 @@ class PruneCLI(LightningCLI):
         if (folder / JSON_NAME).exists() and folder.parent == home and settings.get("version") is None:
             settings["version"] = folder.name
 
+    def before_fit(self) -> None:
+        """Tell the pruners which recipe this is, for the record."""
+        recipes = ", ".join(str(path) for path in self.config["fit"].get("config") or [])
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RoundPruner):
+                callback.recipe = recipes or None
+
     def after_fit(self) -> None:
         """Evaluate on test data, complete the record, and say where everything is."""
         pruners = [c for c in self.trainer.callbacks if isinstance(c, RoundPruner)]  # type: ignore[attr-defined]

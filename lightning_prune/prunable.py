@@ -4,6 +4,7 @@ import difflib
 import warnings
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -52,7 +53,7 @@ def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
         raise ConfigError(f"{what} takes names or patterns (strings), got {pattern!r}.")
     names = list(names)
     plain = canonical_name(pattern)
-    found = [name for name in names if any(part == plain or fnmatchcase(part, plain) for part in _ancestry(name))]
+    found = [name for name in names if _means(plain, name)]
     if not found:
         modules = {part for name in names for part in _ancestry(name)}
         raise ConfigError(f"{what}: {pattern!r} matches no parameter and no module{close_names(plain, modules)}")
@@ -122,6 +123,31 @@ def prunable_parameters(
     return found
 
 
+def untouched_parameters(
+    module: nn.Module, prunable: Iterable[str], exclude: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """The parameters that pruning does not touch, each with the reason, as JSON content.
+
+    Args:
+        module: The module.
+        prunable: Names of the parameters that it touches, as of :func:`prunable_parameters`.
+        exclude: The names or patterns with which they were chosen.
+
+    Returns:
+        ``name``, ``axis`` (None: the whole tensor), ``size``, ``reason`` and ``where`` of each.
+    """
+    usual = "biases, normalisation, embeddings and parameters of other kinds of layers are not pruned by default"
+    touched, found = set(prunable), []
+    for given_name, parameter in module.named_parameters():
+        name = canonical_name(given_name)
+        if name in touched or isinstance(parameter, UninitializedParameter):
+            continue
+        pattern = next((pattern for pattern in exclude if _means(canonical_name(pattern), name)), None)
+        reason = usual if pattern is None else f"excluded by {pattern!r}"
+        found.append({"name": name, "axis": None, "size": parameter.numel(), "reason": reason, "where": ""})
+    return found
+
+
 def _default_set(module: nn.Module) -> tuple[set[int], set[int], list[str]]:
     """Ids of the weights prunable by their module's kind, ids of those that never are, names of the recomputed."""
     default: set[int] = set()
@@ -156,6 +182,11 @@ def _included(pattern: str, parameters: dict[str, nn.Parameter]) -> list[str]:
     found = matching(pattern, parameters, "include")
     is_module = not any(sign in pattern for sign in "*?[") and canonical_name(pattern) not in parameters
     return [name for name in found if not is_module or parameters[name].dim() >= 2]
+
+
+def _means(plain: str, name: str) -> bool:
+    """Whether a canonical name or pattern means a parameter, by its own name or by a module that holds it."""
+    return any(part == plain or fnmatchcase(part, plain) for part in _ancestry(name))
 
 
 def _ancestry(name: str) -> list[str]:

@@ -66,8 +66,8 @@ def require_whole_network(trainer: pl.Trainer, consequence: str) -> None:
         )
 
 
-def describe_rewinders(trainer: pl.Trainer) -> dict[str, Any]:
-    """The rewinders of ``trainer`` with what they were given, for the record."""
+def describe_company(trainer: pl.Trainer) -> dict[str, Any]:
+    """What belongs to the method beside the pruner (rewinders, a regulariser), with its settings, for the record."""
     method: dict[str, Any] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightRewind | LRRewind):
@@ -75,6 +75,8 @@ def describe_rewinders(trainer: pl.Trainer) -> dict[str, Any]:
             if isinstance(callback, WeightRewind):
                 settings |= {"reinit": callback.reinit, "seed": callback.seed}
             method[type(callback).__name__] = settings
+        elif hasattr(callback, "hyper_parameters") and not getattr(callback, "sends_prune_events", False):
+            method[type(callback).__name__] = callback.hyper_parameters()
     return method
 
 

@@ -1,5 +1,6 @@
 """HRank's cuts: channels whose feature maps have low rank leave."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.image_batches import check_images, share, training_batches
 from lightning_prune.callbacks.remover import ChannelRemover, check_count
 from lightning_prune.channels.budget import Budget
@@ -18,6 +20,9 @@ from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
 from lightning_prune.channels.rates import parse_rates, rank_scores, rates_of_layers, widths_by_rates
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError
+from lightning_prune.files import write_json
+
+RANKS_NAME = "ranks.json"
 
 
 class HRankPruner(ChannelRemover):
@@ -35,6 +40,8 @@ class HRankPruner(ChannelRemover):
     after SiLU, GELU and linear bottlenecks; maps of 1 or 2 pixels; no 2d convolution), a warning names it and the L2
     norm of its filters decides. A stage whose channels several convolutions make is scored by the mean of their ranks,
     each over the largest possible, and loses the mean of their rates.
+
+    The mean ranks of every layer, and which channels of it stayed, are written to ``ranks.json`` in the run folder.
 
     Images: where the data set can be indexed, drawn by ``seed`` without disturbing the fit; else the first ones of the
     loader. With several processes each measures its share and the sums are added up.
@@ -59,7 +66,7 @@ class HRankPruner(ChannelRemover):
         options: ``round_to``, ``exclude``, ``module``, ``example_inputs``, ``approximate``, ``round_length``,
             ``monitor``, ``mode``, ``dirpath`` and ``verbose``, as for :class:`ChannelPruner`.
 
-    State saved: as :class:`ChannelPruner`; with ``layerwise`` the scores.
+    State saved: as :class:`ChannelPruner`, and the ranks; with ``layerwise`` the scores.
 
     Raises:
         ConfigError: An argument out of range; rates that do not fit the network or would empty a layer; more images
@@ -111,6 +118,8 @@ class HRankPruner(ChannelRemover):
         super().reset()
         self.weak: dict[str, str] = {}
         self._scores: dict[str, Tensor] | None = None  # of all layers, kept for later passes
+        self._ranks: dict[str, Any] | None = None  # measured for the cut that comes
+        self._ranks_of_cuts: list[dict[str, Any]] = []
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See that the images are there; trace."""
@@ -136,6 +145,7 @@ class HRankPruner(ChannelRemover):
         batches = training_batches(trainer, pl_module, graph.model, self.images, self.seed)
         ranks = _over_processes(sum_ranks(graph, batches, share(self.images, trainer)), trainer)
         scores, self.weak = rank_scores(graph, ranks)
+        self._ranks = _content(ranks)
         if self.weak:
             rank_zero_warn(
                 "feature ranks carry no order in these layers, so the L2 norm of their filters decides: "
@@ -157,6 +167,21 @@ class HRankPruner(ChannelRemover):
             widths = {name: width for name, width in widths.items() if name in turn}
         return plan_widths(graph, widths, scores)
 
+    def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: RemovalPlan) -> PruneEvent:
+        """Shrink the network; write down its ranks."""
+        event = super().cut(trainer, pl_module, decision)
+        if self._ranks is not None:
+            self._ranks_of_cuts.append({"round": event.round, **self._ranks})
+            self._ranks = None
+        for name, layer in self._ranks_of_cuts[-1]["layers"].items():
+            kept = decision.keep.get(f"{name}.weight", {}).get(0)
+            if kept is not None:
+                layer["kept"] = list(kept)
+        if self.folder is not None and trainer.is_global_zero:
+            content = {"format": "lightning_prune.ranks", "version": 1, "cuts": self._ranks_of_cuts}
+            write_json(self.folder / RANKS_NAME, content)
+        return event
+
     def hyper_parameters(self) -> dict[str, Any]:
         """What the user gave."""
         return super().hyper_parameters() | {
@@ -170,12 +195,20 @@ class HRankPruner(ChannelRemover):
 
     def own_state(self) -> dict[str, Any]:
         """Costs and group sizes so far, and scores that later passes need."""
-        return super().own_state() | {"scores": self._scores}
+        return super().own_state() | {"scores": self._scores, "ranks": copy.deepcopy(self._ranks_of_cuts)}
 
     def load_own_state(self, state: Mapping[str, Any]) -> None:
         """Take up :meth:`own_state`."""
         super().load_own_state(dict(state))
         self._scores = state["scores"]
+        self._ranks_of_cuts = copy.deepcopy(state.get("ranks", []))
+
+
+def _content(ranks: RankSums) -> dict[str, Any]:
+    """Ranks as JSON content: by convolution the channels' mean ranks and the largest possible; all kept as yet."""
+    means = ranks.means()
+    layers = {name: {"ranks": mean.tolist(), "limit": ranks.limits[name], "kept": None} for name, mean in means.items()}
+    return {"images": ranks.images, "layers": layers}
 
 
 def _over_processes(ranks: RankSums, trainer: pl.Trainer) -> RankSums:

@@ -22,7 +22,7 @@ from lightning_prune.checkpoint import load_ticket
 from lightning_prune.counting import RULES
 from lightning_prune.errors import ConfigError, MaskMismatchError, ResumeError
 from lightning_prune.masks import MaskSet
-from lightning_prune.prunable import close_names, matching, prunable_parameters
+from lightning_prune.prunable import close_names, matching, prunable_parameters, untouched_parameters
 from lightning_prune.scores import MagnitudeScores, score_weights
 from lightning_prune.selection import select
 
@@ -129,6 +129,7 @@ class IterativeMagnitudePruner(RoundPruner):
         """The masks in force: all kept in round 0; ``None`` before a fit."""
         self._enforcer = MaskEnforcer()
         self._parameters: dict[str, nn.Parameter] = {}
+        self._frozen: list[dict[str, Any]] = []
 
     def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
         """Every round is a training of full length, from the rewinding point on."""
@@ -139,6 +140,7 @@ class IterativeMagnitudePruner(RoundPruner):
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what to prune; masks keep everything at first."""
         self._parameters = prunable_parameters(pl_module, exclude=self.exclude, include=self.include)
+        self._frozen = untouched_parameters(pl_module, self._parameters, self.exclude)
         for pattern in self.rates:
             matching(pattern, self._parameters, "rates")
         self._enforcer.attach(
@@ -188,6 +190,10 @@ class IterativeMagnitudePruner(RoundPruner):
         """Apply the masks to weights, gradients and optimizer state."""
         assert event.masks is not None
         self._enforcer.set_masks(event.masks)
+
+    def frozen(self) -> list[dict[str, Any]]:
+        """Parameters that no mask covers."""
+        return self._frozen
 
     def counts(self) -> dict[str, Any]:
         """Weights kept."""

@@ -8,12 +8,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks import monitors
-from lightning_prune.callbacks.company import describe_rewinders
+from lightning_prune.callbacks.company import describe_company
 from lightning_prune.callbacks.events import PruneEvent, send_prune_event, send_rewinding_point
 from lightning_prune.callbacks.folders import tries_out
 from lightning_prune.callbacks.recorder import RoundRecorder
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_schedule_length
 from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.callbacks.task import describe_task
 from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.errors import ConfigError, ResumeError
 from lightning_prune.files import check_archive
@@ -63,6 +64,8 @@ class RoundPruner(Callback):
         self._names: dict[int, str | None] = {}
         self._frequencies: list[int] | None = None
         self._loaded: dict[str, Any] | None = None
+        self.recipe: str | None = None
+        """The file that the run was configured with, for the record; the command line sets it."""
 
     # -------------------------------------------------------- what subclasses say
 
@@ -92,6 +95,10 @@ class RoundPruner(Callback):
     @abstractmethod
     def counts(self) -> dict[str, Any]:
         """What the round that is under way is trained with, as fields of :class:`Round`."""
+
+    def frozen(self) -> list[dict[str, Any]]:
+        """What may not leave and why, for the record; see :attr:`RunRecord.frozen`. Empty: as said before."""
+        return []
 
     @abstractmethod
     def hyper_parameters(self) -> dict[str, Any]:
@@ -133,9 +140,9 @@ class RoundPruner(Callback):
         schedule.check_frequencies(trainer)
         self.begin(trainer, pl_module)
         own = {"rounds": self.rounds} | self.hyper_parameters()
-        self._recorder.start(
-            trainer, {type(self).__name__: own} | describe_rewinders(trainer), resumed=self._loaded is not None
-        )
+        method = {type(self).__name__: own} | describe_company(trainer)
+        task = describe_task(trainer, pl_module, self.recipe)
+        self._recorder.start(trainer, method, task, resumed=self._loaded is not None)
         monitors.name_checkpoints(trainer, schedule.round, self._names)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,7 +183,7 @@ class RoundPruner(Callback):
         if schedule.rewind_to is not None and schedule.rewound is None:
             raise ConfigError(f"round 0 ended before its rewinding point, {schedule.rewind_to}; choose an earlier one.")
         decision = self.decide(trainer, pl_module)
-        self._recorder.end_round(trainer, schedule, self.counts())
+        self._recorder.end_round(trainer, schedule, self.counts(), self.frozen())
         schedule.next_round(trainer)
         event = self.cut(trainer, pl_module, decision)
         self._hold_schedules(trainer)
@@ -237,11 +244,11 @@ class RoundPruner(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the last round."""
-        self._recorder.end_round(trainer, self._running, self.counts())
+        self._recorder.end_round(trainer, self._running, self.counts(), self.frozen())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the last round where nothing was left to train: resumed from the last checkpoint of all."""
-        self._recorder.end_round(trainer, self._running, self.counts())
+        self._recorder.end_round(trainer, self._running, self.counts(), self.frozen())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was."""

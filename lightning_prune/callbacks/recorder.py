@@ -44,7 +44,7 @@ class RoundRecorder:
         self._since = time.monotonic()
         self._table = LiveTable(verbose)
 
-    def start(self, trainer: pl.Trainer, method: dict[str, Any], *, resumed: bool) -> None:
+    def start(self, trainer: pl.Trainer, method: dict[str, Any], task: dict[str, Any], *, resumed: bool) -> None:
         """Begin the record, or take up a resumed one and cut its files back to it.
 
         Raises:
@@ -60,6 +60,7 @@ class RoundRecorder:
         if resumed:
             assert self.record is not None
             self.record.method = method  # more rounds than before are allowed
+            self.record.task = self.record.task or task
             self._write(trainer)
             return
         self._metrics, self._best, self._removed, self._ticket, self._start = {}, None, 0, None, {}
@@ -67,7 +68,7 @@ class RoundRecorder:
             check_free(self.folder)
         seed = os.environ.get("PL_GLOBAL_SEED")
         environment = describe_environment(trainer.strategy.root_device)
-        self.record = RunRecord(method, None if seed is None else int(seed), environment)
+        self.record = RunRecord(method, None if seed is None else int(seed), environment, task)
 
     def before_validation(self, trainer: pl.Trainer) -> None:
         """Remember the values that are there already: what this validation logs are the others."""
@@ -114,7 +115,13 @@ class RoundRecorder:
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=trainer.global_step)
 
-    def end_round(self, trainer: pl.Trainer, schedule: RoundSchedule, counts: Mapping[str, Any]) -> None:
+    def end_round(
+        self,
+        trainer: pl.Trainer,
+        schedule: RoundSchedule,
+        counts: Mapping[str, Any],
+        frozen: list[dict[str, Any]],
+    ) -> None:
         """Close the round's row, with the network as it was trained, before the next cut.
 
         Args:
@@ -122,10 +129,12 @@ class RoundRecorder:
             schedule: The schedule, still in the round that ends.
             counts: What the round was trained with: ``kept``, ``total``, ``digest``, ``per_layer`` of :class:`Round`,
                 and where channels leave ``unit`` and ``costs``.
+            frozen: What may not leave and why; empty: as said before.
         """
         assert self.record is not None
         if schedule.round < len(self.record.rounds):
             return  # a finished run that was resumed has nothing to add
+        self.record.frozen = frozen or self.record.frozen
         best = monitors.best_checkpoint(trainer)
         row = Round(
             round=schedule.round,

@@ -3,6 +3,7 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,7 @@ class ChannelRemover(RoundPruner):
         self._costs: dict[str, tuple[int, int]] | None = None  # (now, of the original)
         self._groups: dict[str, tuple[int, int]] = {}  # (now, of the original), by name
         self._digest = ""
+        self._frozen: list[dict[str, Any]] = []
 
     # -------------------------------------------------------- what subclasses say
 
@@ -186,6 +188,7 @@ class ChannelRemover(RoundPruner):
                 if self.budgets[-1].what == "latency":
                     self._costs["latency"] = (_WHOLE_LATENCY, _WHOLE_LATENCY)
                 self._groups = {group.name: (group.size, group.size) for group in graph.groups}
+                self._frozen = [asdict(axis) for axis in graph.frozen]
             # whether a latency can be met is measured at the cut: it takes many forward passes
             if self._running.round < self.rounds and self.budgets[-1].what != "latency":
                 last = rest_of(self.budgets[-1], self._costs[self.budgets[-1].what])
@@ -304,6 +307,10 @@ class ChannelRemover(RoundPruner):
             "unit": "channels",
             "costs": dict(costs),
         }
+
+    def frozen(self) -> list[dict[str, Any]]:
+        """Channels of the original network that may not leave."""
+        return self._frozen
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the compact network."""

@@ -115,6 +115,16 @@ class SlimmingRegularizer(Callback):
         self._handles: list[RemovableHandle] = []
         self._steps = 0
 
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What the user gave, for the record."""
+        return {
+            "strength": self.strength,
+            "update": self.update,
+            "coupled": self.coupled,
+            "gates": self.with_gates,
+            "exclude": list(self.exclude),
+        }
+
     # ------------------------------------------------------------------- set up
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -2,7 +2,8 @@
 
 ``record.json`` is the record; ``rounds.csv`` holds its rows for a spreadsheet. Both are rewritten whole after each
 round, so a reader never sees half of one. Two runs are equal when their :meth:`RunRecord.comparable` parts are: what
-took how long on which machine (``timing``, ``costs``, ``environment``) is kept beside them and promises nothing.
+took how long on which machine (``timing``, ``costs``, ``environment``), and what the parts were called (``task``), is
+kept beside them and promises nothing.
 """
 
 from collections.abc import Mapping
@@ -32,12 +33,16 @@ class RunRecord:
         method: ``{class name of a callback: its hyper-parameters}``; JSON content.
         seed: The run's seed, or None if none was set.
         environment: Versions and device; :func:`describe_environment` if left out.
+        task: What was trained on what: ``module``, ``networks``, ``data`` (class names) and ``recipe`` (the file), as
+            far as they are known.
 
     Attributes:
         rounds: The rows, as :class:`Round`; ``rounds[r].round == r``.
         final: What is measured once at the end, such as test metrics; JSON content.
         timing: ``{"seconds": [one number, or None, for each round]}``.
         costs: Measurements of :class:`CostProfiler`, in order; JSON content, each with its ``round``.
+        frozen: What may not leave: ``name``, ``axis`` (None: the whole tensor), ``size``, ``reason``, ``where``.
+        folder: Where the record was read from; no part of it.
 
     Example:
         >>> record = RunRecord(method={"IterativeMagnitudePruner": {"fraction": 0.2}}, seed=1)
@@ -47,7 +52,11 @@ class RunRecord:
     """
 
     def __init__(
-        self, method: Mapping[str, Any], seed: int | None = None, environment: Mapping[str, Any] | None = None
+        self,
+        method: Mapping[str, Any],
+        seed: int | None = None,
+        environment: Mapping[str, Any] | None = None,
+        task: Mapping[str, Any] | None = None,
     ) -> None:
         self.method: dict[str, Any] = to_plain(method, "method")
         self.seed = seed
@@ -55,6 +64,9 @@ class RunRecord:
         self.final: dict[str, Any] = {}
         self.timing: dict[str, list[float | None]] = {"seconds": []}
         self.costs: list[dict[str, Any]] = []
+        self.frozen: list[dict[str, Any]] = []
+        self.task: dict[str, Any] = to_plain(task or {}, "task")
+        self.folder: Path | None = None
         self.environment = to_plain(describe_environment() if environment is None else environment, "environment")
 
     def add_round(self, row: Round, seconds: float | None = None) -> None:
@@ -91,7 +103,7 @@ class RunRecord:
     def comparable(self) -> dict[str, Any]:
         """The content that two equal runs share, as JSON content (so that NaN equals NaN)."""
         content = self.state_dict()
-        return {k: v for k, v in content.items() if k not in ("timing", "costs", "environment")}
+        return {k: v for k, v in content.items() if k not in ("timing", "costs", "environment", "task")}
 
     def state_dict(self) -> dict[str, Any]:
         """The whole record as JSON content: plain dictionaries, lists, texts and numbers."""
@@ -100,10 +112,12 @@ class RunRecord:
             "version": VERSION,
             "method": encode(self.method),
             "seed": self.seed,
+            "task": encode(self.task),
             "rounds": [row.to_json() for row in self.rounds],
             "final": encode(to_plain(self.final, "final")),
             "timing": encode(self.timing),
             "costs": encode(to_plain(self.costs, "costs")),
+            "frozen": to_plain(self.frozen, "frozen"),
             "environment": encode(self.environment),
         }
 
@@ -137,16 +151,19 @@ class RunRecord:
         costs = content.get("costs", [])  # records of earlier versions have none
         if not isinstance(costs, list) or not all(isinstance(row, dict) and "round" in row for row in costs):
             raise FileFormatError(f"{where} is damaged: its costs are no list of measurements with their round.")
+        frozen, task = content.get("frozen", []), content.get("task", {})  # as above
+        if not isinstance(task, dict) or not isinstance(frozen, list) or not all(isinstance(f, dict) for f in frozen):
+            raise FileFormatError(f"{where} is damaged: its task is no mapping, or frozen no list of mappings.")
         if len(seconds) != len(content["rounds"]):
             raise FileFormatError(f"{where} is damaged: {len(content['rounds'])} rounds, {len(seconds)} timings.")
-        record = cls(decode(content["method"]), seed, decode(content["environment"]))
+        record = cls(decode(content["method"]), seed, decode(content["environment"]), decode(task))
         try:
             for row, taken in zip(content["rounds"], decode(seconds), strict=True):
                 record.add_round(Round.from_json(row), taken)
         except (ConfigError, TypeError, ValueError) as error:
             raise FileFormatError(f"{where} is damaged: {error}") from error
         record.final = decode(content["final"])
-        record.costs = decode(costs)
+        record.costs, record.frozen = decode(costs), decode(frozen)
         return record
 
     def write(self, folder: str | Path) -> None:
@@ -166,7 +183,9 @@ class RunRecord:
         """
         path = Path(path)
         path = path / JSON_NAME if path.is_dir() else path
-        return cls.from_state_dict(read_json(path, "a run record"), where=str(path))
+        record = cls.from_state_dict(read_json(path, "a run record"), where=str(path))
+        record.folder = path.parent
+        return record
 
 
 def check_free(folder: str | Path) -> None:

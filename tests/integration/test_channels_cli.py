@@ -37,6 +37,8 @@ def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         [1, 0.6, 0.3], abs=0.05
     )
     assert record.method["ChannelPruner"]["budgets"] == budgets
+    assert record.task["recipe"] == "channels.yaml"
+    assert (record.task["networks"], record.task["data"]) == ("SmallConvNet", "Digits")
     network = load_compact(SmallConvNet(), folder / "compact.safetensors")
     assert len(record.rounds[-1].per_layer) > 2
     assert sum(kept for kept, _ in record.rounds[-1].per_layer.values()) == sum(widths(network)[:-1])

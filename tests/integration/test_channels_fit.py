@@ -177,6 +177,7 @@ def test_the_record_holds_what_every_pass_kept(tmp_path: Path) -> None:
     module = ToyModule(wide_network())
     fit(tmp_path, module, [prune], max_epochs=3)
     record = RunRecord.read(prune.folder)
+    assert record.task == {"module": "ToyModule", "data": "TensorDataset"}
     assert [row.round for row in record.rounds] == [0, 1, 2]
     assert [row.unit for row in record.rounds] == ["channels"] * 3
     assert record.rounds[0].costs["macs"] == (2 * (12 * 16 + 16 * 16 + 16 * 3),) * 2
@@ -306,8 +307,12 @@ def test_every_criterion_cuts_a_residual_network(tmp_path: Path, criterion: str,
 
 def test_what_is_excluded_or_has_no_scale_stays(tmp_path: Path) -> None:
     module = ToyModule(wide_network())
-    fit(tmp_path, module, [pruner(exclude=["network.4"], module="network")])
+    prune = pruner(exclude=["network.4"], module="network")
+    fit(tmp_path, module, [prune])
     assert widths(module) == [8, 16, 3]
+    why = {(axis["name"], axis["size"]): axis["reason"] for axis in RunRecord.read(prune.folder).frozen}
+    assert why["4.weight", 16] == "excluded by 'network.4'"
+    assert any("output" in reason for (name, _), reason in why.items() if name == "7.weight")
     norm = ToyModule(wide_network())
     fit(tmp_path, norm, [pruner(exclude=["1"])])  # a BatchNorm's channels are those of the layer before it
     assert widths(norm) == [16, 8, 3]

@@ -1,5 +1,6 @@
 """HRank inside a fit: what leaves is what has the lowest ranks, by rates or budget, at once or layer by layer."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,19 @@ def test_the_lowest_mean_ranks_leave(tmp_path: Path, counting: Any, rate: float,
     order = torch.randperm(48, generator=torch.Generator().manual_seed(7))[:40]
     chosen = images()[0].dataset.tensors[0][order]
     by_hand = ranks_by_hand(network, chosen)
-    cut(tmp_path, network, rates={"a": rate, "stem": rate, "b": rate}, counting=counting, seed=7)
+    prune = cut(tmp_path, network, rates={"a": rate, "stem": rate, "b": rate}, counting=counting, seed=7)
     inner = lowest(by_hand["a"], gone)
     stage = lowest(by_hand["stem"] + by_hand["b"], gone)
     assert torch.equal(network.a.weight, before["a.weight"][inner][:, stage])
     assert torch.equal(network.stem.weight, before["stem.weight"][stage])
     assert torch.equal(network.head.weight, before["head.weight"][:, stage])
+    assert prune.folder is not None
+    (written,) = json.loads((prune.folder / "ranks.json").read_text())["cuts"]
+    assert (written["round"], written["images"]) == (1, 40)
+    for name, kept in (("stem", stage), ("a", inner), ("b", stage)):
+        layer = written["layers"][name]
+        np.testing.assert_allclose(layer["ranks"], by_hand[name], rtol=1e-12)
+        assert (layer["kept"], layer["limit"]) == (kept, 6)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
@@ -111,6 +119,9 @@ def test_layer_by_layer_measures_once_and_takes_the_layers_in_turn(
     assert measured == [1]
     state = prune.own_state()
     assert state["scores"]["a"].shape == (10,)
+    (written,) = state["ranks"]
+    kept = {name: len(layer["kept"] or []) for name, layer in written["layers"].items()}
+    assert kept == {"stem": 6, "a": 6, "b": 6}
 
 
 class Noisy(Dataset):

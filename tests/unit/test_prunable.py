@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_prune.errors import ConfigError, NoEffectWarning
-from lightning_prune.prunable import prunable_parameters
+from lightning_prune.prunable import prunable_parameters, untouched_parameters
 
 
 def kinds() -> nn.ModuleDict:
@@ -89,6 +89,15 @@ def test_an_output_layer_tied_to_an_embedding_is_left_out(first: str) -> None:
     net["head"].weight = net["embedding"].weight
     assert list(prunable_parameters(net)) == ["other.weight"]
     assert list(prunable_parameters(net, include="head.weight")) == [f"{first}.weight", "other.weight"]
+
+
+def test_what_is_not_touched_is_named_with_the_reason() -> None:
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3, bias=False))
+    prunable = prunable_parameters(net, exclude="2")
+    left = {row["name"]: row for row in untouched_parameters(net, prunable, ["2"])}
+    assert sorted([*left, *prunable]) == sorted(name for name, _ in net.named_parameters())
+    assert left["2.weight"] == {"name": "2.weight", "axis": None, "size": 12, "reason": "excluded by '2'", "where": ""}
+    assert {row["reason"][:6] for name, row in left.items() if name != "2.weight"} == {"biases"}
 
 
 def blocks() -> nn.Sequential:

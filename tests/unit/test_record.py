@@ -38,7 +38,8 @@ def full_row(index: int) -> Round:
 
 
 def full_record() -> RunRecord:
-    run = RunRecord({"Pruner": {"fraction": 0.2, "exclude": ("fc",), "to": None}}, seed=3)
+    run = RunRecord({"Pruner": {"fraction": 0.2, "exclude": ("fc",), "to": None}}, seed=3, task={"data": "Digits"})
+    run.frozen = [{"name": "fc.weight", "axis": 0, "size": 10, "reason": "an output", "where": "linear"}]
     run.add_round(full_row(0), seconds=1.25)
     run.add_round(row(1, kept=64))
     run.final = {"test_acc": 0.9, "test_loss": math.nan}
@@ -57,6 +58,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert read.rounds[1] == written.rounds[1]
         assert read.method == {"Pruner": {"fraction": 0.2, "exclude": ["fc"], "to": None}}
         assert read.seed == 3
+        assert (read.task, read.frozen) == (written.task, written.frozen)
+        assert read.folder == tmp_path / "run"
         assert read.timing == {"seconds": [1.25, None]}
 
 
@@ -110,7 +113,7 @@ def test_only_time_and_place_are_left_out_of_the_comparison() -> None:
     two.timing["seconds"] = [99.0, 98.0]
     two.environment = {"device": "another"}
     assert one.comparable() == two.comparable()
-    assert {"format", "version", "method", "seed", "rounds", "final"} == one.comparable().keys()
+    assert {"format", "version", "method", "seed", "rounds", "final", "frozen"} == one.comparable().keys()
     for change in (
         lambda run: run.cut_to(1),
         lambda run: run.final.update(test_acc=0.8),
@@ -232,6 +235,8 @@ def _damage(path: Path, change: Any) -> None:
         (lambda c: c["rounds"][0].update(new=1), r"is damaged: .*missing or unknown fields: .*new"),
         (lambda c: c["rounds"][0].update(kept=1000), r"is damaged: .*kept=1000 is more than total=100"),
         (lambda c: c["rounds"][0].update(metrics=None), r"is damaged: "),
+        (lambda c: c.update(frozen={"a": 1}), r"is damaged: its task is no mapping, or frozen no list of mappings"),
+        (lambda c: c.update(task=["a"]), r"is damaged: its task is no mapping"),
     ],
 )
 def test_damaged_and_foreign_records_are_refused(change: Any, message: str, tmp_path: Path) -> None:
