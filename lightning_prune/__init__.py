@@ -55,6 +55,7 @@ from lightning_prune.export import ExportReport, export_onnx, export_program
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import prunable_parameters
 from lightning_prune.record import RunRecord
+from lightning_prune.reports.wandb_reporter import WandbReporter
 from lightning_prune.scores import score_weights
 from lightning_prune.selection import select
 from lightning_prune.times import TrainTime
@@ -101,6 +102,7 @@ __all__ = [
     "TicketWriter",
     "TraceError",
     "TrainTime",
+    "WandbReporter",
     "WeightRewind",
     "WriteError",
     "accelerate",

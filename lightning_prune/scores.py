@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,3 +180,27 @@ class MagnitudeScores(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parameters)
+
+
+QUANTILES = ("min", "q1", "median", "q3", "max")
+
+
+def score_quantiles(scores: Tensor, within: Tensor | None = None) -> tuple[float, ...]:
+    """Least, lower quartile, median, upper quartile and greatest of scores, each a score that occurs.
+
+    Of ``n`` ordered scores the quantile ``q`` is the one at ``floor(q (n - 1))``, counted from 0. NaN is greater than
+    any number.
+
+    Args:
+        scores: Of any shape.
+        within: Boolean, of the same shape: which entries count. Default: all.
+
+    Returns:
+        Five numbers, in the order of :data:`QUANTILES`; none if no entry counts.
+    """
+    values = (scores.reshape(-1) if within is None else scores[within]).detach().to("cpu", torch.float32).numpy()
+    if not values.size:
+        return ()
+    places = [int(q * (values.size - 1)) for q in (0, 0.25, 0.5, 0.75, 1)]
+    ordered = np.partition(values, sorted(set(places)))
+    return tuple(float(ordered[place]) for place in places)

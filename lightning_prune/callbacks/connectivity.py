@@ -14,6 +14,7 @@ from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import to_batch
 from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.logs import log_numbers
 from lightning_prune.callbacks.rewind import require_pruner
 from lightning_prune.connectivity import ErrorRate, LinearPath, linear_mode_connectivity
 from lightning_prune.errors import ConfigError
@@ -117,8 +118,7 @@ class RoundConnectivity(Callback):
             path = self._measure(trainer, pl_module, before, state)
         density = [self._density[self._round - 1], self._density[self._round]]
         self.rows.append({"rounds": [self._round - 1, self._round], "density": density, **path.to_json()})
-        for logger in trainer.loggers:
-            logger.log_metrics({"prune/barrier": path.barrier}, step=trainer.global_step)
+        log_numbers(trainer, {"prune/barrier": path.barrier})
         folder = self.dirpath or run_folder(trainer)
         if folder is not None and trainer.is_global_zero:
             write_json(folder / FILE_NAME, {"format": "lightning_prune.rounds", "version": 1, "lines": self.rows})

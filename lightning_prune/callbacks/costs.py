@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.company import decided_once, require_whole_network
-from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.events import PruneEvent, send_costs
 from lightning_prune.callbacks.examples import find_module, given_inputs, inputs_of, samples, to_batch
 from lightning_prune.callbacks.folders import tries_out
+from lightning_prune.callbacks.logs import add_companions, log_numbers
 from lightning_prune.callbacks.screen import LiveTable
 from lightning_prune.costs import Costs, RunAs, count_costs, measure_savings
 from lightning_prune.costs.savings import HEADER, Savings
@@ -34,8 +35,8 @@ class CostProfiler(Callback):
     Acts in: ``on_train_start``, the prune event (after rewinding, with the event's masks), ``on_fit_end``. Between them
     there is no hook. Rank 0 measures while the others wait, without spinning. Changes nothing: modes, random-number
     state and weights come back. Results go to the trainer's loggers (``prune/num_params``, ``prune/num_macs``,
-    ``prune/theoretical_speedup``, ``prune/measured_speedup``, ``prune/latency_ms``; where the logger has tables, as
-    W&B's, ``prune/costs``), to the pruner's record (``costs``) and to the screen.
+    ``prune/theoretical_speedup``, ``prune/measured_speedup``, ``prune/latency_ms``), to every callback that defines
+    ``record_costs(trainer, row)`` (the pruner's record, W&B's tables and histograms) and to the screen.
 
     Args:
         latency: Whether to measure latency; counts alone take two forward passes.
@@ -107,6 +108,7 @@ class CostProfiler(Callback):
         if stage != "fit":
             return
         require_whole_network(trainer, "so no process can time the network")
+        add_companions(trainer)
         self.rows, self._inputs, self._dense, self._dense_costs = [], None, None, None
         self._round = 0
         self._table = LiveTable(self.verbose)
@@ -203,10 +205,8 @@ class CostProfiler(Callback):
             return
         row = {"label": label, "round": self._round, "step": trainer.global_step} | content
         self.rows.append(row)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if getattr(callback, "sends_prune_events", False) and hasattr(callback, "record_costs"):
-                callback.record_costs(trainer, row)
-        self._log(trainer, numbers)
+        log_numbers(trainer, {f"prune/{name}": value for name, value in numbers.items()})
+        send_costs(trainer, row)
         self._table.print(trainer, lambda: HEADER, line)
 
     def _once(self, measure: Callable[[], Any]) -> Any:
@@ -243,19 +243,6 @@ class CostProfiler(Callback):
                 channels_last=self.channels_last,
                 compiled=self.compiled,
             )
-
-    # ------------------------------------------------------------------ reporting
-
-    def _log(self, trainer: pl.Trainer, numbers: dict[str, float]) -> None:
-        names = list(dict.fromkeys(name for row in self.rows for name in row["numbers"]))
-        columns = ["label", "round", "step", *names]
-        table = [
-            [row["label"], row["round"], row["step"], *(row["numbers"].get(n) for n in names)] for row in self.rows
-        ]
-        for logger in trainer.loggers:
-            logger.log_metrics({f"prune/{name}": value for name, value in numbers.items()}, step=trainer.global_step)
-            if callable(getattr(logger, "log_table", None)):  # WandbLogger's
-                logger.log_table("prune/costs", columns=columns, data=table, step=trainer.global_step)  # type: ignore[attr-defined]
 
     # -------------------------------------------------------------------- state
 

@@ -10,6 +10,7 @@ from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import take
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name
+from lightning_prune.record import RunRecord
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -47,6 +48,9 @@ class PruneEvent:
         plan: Which channels have left at this cut; ``None`` where weights are masked.
         module: Name of the submodule that ``plan`` is about; ``""``: the LightningModule itself.
         costs: With a plan: ``{"channels" | "params" | "macs": (now, of the dense network)}``.
+        scores: ``{layer: (least, lower quartile, median, upper quartile, greatest)}`` of the scores that this cut was
+            decided by, over what was left before it; empty unless a callback of the trainer has a true ``wants_scores``
+            (and on other processes than the first).
     """
 
     round: int
@@ -57,6 +61,7 @@ class PruneEvent:
     plan: RemovalPlan | None = None
     module: str = ""
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -105,10 +110,28 @@ def listeners(trainer: "pl.Trainer", hook: str) -> list[Any]:
     return sorted(found, key=lambda callback: getattr(callback, "prune_order", 10))
 
 
+def scores_wanted(trainer: "pl.Trainer") -> bool:
+    """Whether this process should put quantiles of scores into the event: the first one's, where a callback asks."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return trainer.is_global_zero and any(getattr(callback, "wants_scores", False) for callback in callbacks)
+
+
 def send_prune_event(trainer: "pl.Trainer", pl_module: "pl.LightningModule", event: PruneEvent) -> None:
     """Hand ``event`` to every callback that listens, ordered by role."""
     for callback in listeners(trainer, "on_prune"):
         callback.on_prune(trainer, pl_module, event)
+
+
+def send_round_end(trainer: "pl.Trainer", pl_module: "pl.LightningModule", record: RunRecord) -> None:
+    """Tell every callback that defines ``on_round_end`` that a row was added to the record, before the next cut."""
+    for callback in listeners(trainer, "on_round_end"):
+        callback.on_round_end(trainer, pl_module, record)
+
+
+def send_costs(trainer: "pl.Trainer", row: dict[str, Any]) -> None:
+    """Give a measurement of :class:`CostProfiler` to every callback that defines ``record_costs``."""
+    for callback in listeners(trainer, "record_costs"):
+        callback.record_costs(trainer, row)
 
 
 def send_rewinding_point(trainer: "pl.Trainer", pl_module: "pl.LightningModule", position: Position) -> None:

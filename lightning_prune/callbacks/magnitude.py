@@ -23,7 +23,7 @@ from lightning_prune.counting import RULES
 from lightning_prune.errors import ConfigError, MaskMismatchError, ResumeError
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import close_names, matching, prunable_parameters, untouched_parameters
-from lightning_prune.scores import MagnitudeScores, score_weights
+from lightning_prune.scores import MagnitudeScores, score_quantiles, score_weights
 from lightning_prune.selection import select
 
 CONTROLS = (None, "random_pruning")
@@ -179,6 +179,13 @@ class IterativeMagnitudePruner(RoundPruner):
         masks = self._choose(self.masks, self._running.round + 1)
         compare_ranks(masks.digest())
         return masks
+
+    def quantiles(self) -> dict[str, tuple[float, ...]]:
+        """Of the magnitudes of what is left; none where masks are another run's."""
+        if self.masks_from is not None or self.masks is None:
+            return {}
+        scores = MagnitudeScores(self._parameters)
+        return {name: score_quantiles(scores[name], mask) for name, mask in self.masks.items()}
 
     def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: MaskSet) -> PruneEvent:
         """Let the new masks hold."""

@@ -1,6 +1,7 @@
 """What every pruner shares: rounds in one ``fit``, the record, checkpoints, and handing an event round."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,15 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks import monitors
 from lightning_prune.callbacks.company import describe_company
-from lightning_prune.callbacks.events import PruneEvent, send_prune_event, send_rewinding_point
+from lightning_prune.callbacks.events import (
+    PruneEvent,
+    scores_wanted,
+    send_prune_event,
+    send_rewinding_point,
+    send_round_end,
+)
 from lightning_prune.callbacks.folders import tries_out
+from lightning_prune.callbacks.logs import add_companions
 from lightning_prune.callbacks.recorder import RoundRecorder
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_schedule_length
 from lightning_prune.callbacks.rounds import RoundSchedule
@@ -18,6 +26,7 @@ from lightning_prune.callbacks.task import describe_task
 from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.errors import ConfigError, ResumeError
 from lightning_prune.files import check_archive
+from lightning_prune.record import RunRecord
 from lightning_prune.resume import ResumeState
 from lightning_prune.times import TrainTime
 
@@ -85,6 +94,10 @@ class RoundPruner(Callback):
     def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: Any) -> PruneEvent:
         """Take the decision up; the schedule is in the new round, the old one's row is closed."""
 
+    def quantiles(self) -> dict[str, tuple[float, ...]]:
+        """Between decision and cut: quantiles of the scores behind it, as in :class:`PruneEvent`."""
+        return {}
+
     def after_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """When every listener has had the event: hold what they changed to it."""
 
@@ -118,6 +131,7 @@ class RoundPruner(Callback):
         """Check what stands beside this callback, and let one training's length be the Trainer's limit."""
         if stage != "fit":
             return
+        add_companions(trainer)
         self._loaded = None
         self._schedule = self.make_schedule(trainer)
         self._schedule.prepare(trainer)
@@ -161,6 +175,11 @@ class RoundPruner(Callback):
         """The folder with this run's record, once a fit has begun; ``None`` where nothing is written."""
         return self._recorder.folder
 
+    @property
+    def record(self) -> RunRecord | None:
+        """This run's record so far, once a fit has begun."""
+        return self._recorder.record
+
     def record_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         """Add a measurement of :class:`CostProfiler` to this run's record."""
         self._recorder.add_costs(trainer, row)
@@ -183,9 +202,10 @@ class RoundPruner(Callback):
         if schedule.rewind_to is not None and schedule.rewound is None:
             raise ConfigError(f"round 0 ended before its rewinding point, {schedule.rewind_to}; choose an earlier one.")
         decision = self.decide(trainer, pl_module)
-        self._recorder.end_round(trainer, schedule, self.counts(), self.frozen())
+        scores = self.quantiles() if scores_wanted(trainer) else {}
+        self._end_round(trainer, pl_module)
         schedule.next_round(trainer)
-        event = self.cut(trainer, pl_module, decision)
+        event = replace(self.cut(trainer, pl_module, decision), scores=scores)
         self._hold_schedules(trainer)
         send_prune_event(trainer, pl_module, event)
         self.after_event(trainer, pl_module, event)
@@ -197,6 +217,11 @@ class RoundPruner(Callback):
         self._recorder.begin_round(trainer, event, self._ticket_path(trainer, event.round), start)
         if schedule.rewound is not None and schedule.rewound.batch:
             self._resume.fast_forward_next_epoch(schedule.rewound.batch)
+
+    def _end_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recorder.end_round(trainer, self._running, self.counts(), self.frozen()):
+            assert self.record is not None
+            send_round_end(trainer, pl_module, self.record)
 
     def _ticket_path(self, trainer: pl.Trainer, round: int) -> Path | None:  # noqa: A002
         writers = [c for c in trainer.callbacks if isinstance(c, TicketWriter)]  # type: ignore[attr-defined]
@@ -244,11 +269,11 @@ class RoundPruner(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the last round."""
-        self._recorder.end_round(trainer, self._running, self.counts(), self.frozen())
+        self._end_round(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Record the last round where nothing was left to train: resumed from the last checkpoint of all."""
-        self._recorder.end_round(trainer, self._running, self.counts(), self.frozen())
+        self._end_round(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the trainer as it was."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_prune.callbacks import monitors
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.logs import end_numbers, log_numbers
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.screen import LiveTable
 from lightning_prune.environment import describe_environment
@@ -109,11 +110,15 @@ class RoundRecorder:
         self._ticket = None if ticket is None else self._relative(ticket)
         self._best = None
         self._since = time.monotonic()
-        numbers = {"prune/round": event.round, "prune/density": event.density, "prune/kept": event.kept}
+        numbers: dict[str, float] = {
+            "prune/round": event.round,
+            "prune/kept": event.kept,
+            "prune/removed": event.removed,
+        }
+        numbers |= {"prune/density": event.density, "prune/sparsity": event.sparsity}
         numbers |= {f"prune/start/{name}": value for name, value in start.items()}
         numbers |= {f"prune/{name}": now / dense for name, (now, dense) in event.costs.items() if dense}
-        for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in numbers.items()}, step=trainer.global_step)
+        log_numbers(trainer, numbers)
 
     def end_round(
         self,
@@ -121,7 +126,7 @@ class RoundRecorder:
         schedule: RoundSchedule,
         counts: Mapping[str, Any],
         frozen: list[dict[str, Any]],
-    ) -> None:
+    ) -> bool:
         """Close the round's row, with the network as it was trained, before the next cut.
 
         Args:
@@ -130,10 +135,13 @@ class RoundRecorder:
             counts: What the round was trained with: ``kept``, ``total``, ``digest``, ``per_layer`` of :class:`Round`,
                 and where channels leave ``unit`` and ``costs``.
             frozen: What may not leave and why; empty: as said before.
+
+        Returns:
+            Whether a row was added; a finished run that was resumed has nothing to add.
         """
         assert self.record is not None
         if schedule.round < len(self.record.rounds):
-            return  # a finished run that was resumed has nothing to add
+            return False
         self.record.frozen = frozen or self.record.frozen
         best = monitors.best_checkpoint(trainer)
         row = Round(
@@ -155,6 +163,8 @@ class RoundRecorder:
         self._write(trainer)
         text = row_text(row, self._monitor, self.record.rounds[0])
         self._table.print(trainer, lambda: header_text(self._monitor, row.unit), text)
+        log_numbers(trainer, {f"prune/end/{name}": value for name, value in end_numbers(self.record).items()})
+        return True
 
     def add_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         """Take up a measurement of :class:`CostProfiler`."""

@@ -38,6 +38,7 @@ from lightning_prune.compact_files import save_compact
 from lightning_prune.errors import ConfigError, NoEffectWarning
 from lightning_prune.prunable import matching
 from lightning_prune.resume import undisturbed
+from lightning_prune.scores import score_quantiles
 from lightning_prune.times import TrainTime
 from lightning_prune.wrappers import bare, uncompiled
 
@@ -112,6 +113,7 @@ class ChannelRemover(RoundPruner):
         self._groups: dict[str, tuple[int, int]] = {}  # (now, of the original), by name
         self._digest = ""
         self._frozen: list[dict[str, Any]] = []
+        self._last_scores: dict[str, Tensor] = {}  # by group
 
     # -------------------------------------------------------- what subclasses say
 
@@ -257,9 +259,14 @@ class ChannelRemover(RoundPruner):
 
         with undisturbed(device):
             graph, scores = together(look)
+            self._last_scores = scores
             plan = RemovalPlan.from_json(decided_once(choose))
         compare_ranks(plan.digest(), "removal plans")
         return plan
+
+    def quantiles(self) -> dict[str, tuple[float, ...]]:
+        """Of each group's channels."""
+        return {name: score_quantiles(scores) for name, scores in self._last_scores.items()}
 
     def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: RemovalPlan) -> PruneEvent:
         """Shrink the network, its optimizers, copies and wrappers."""

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.logs import log_numbers
 from lightning_prune.callbacks.remover import ChannelRemover
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.slimming import SlimmingRegularizer
@@ -183,8 +184,7 @@ class SlimmingPruner(ChannelRemover):
         numbers = {"prune/scales_near_zero": near / max(count, 1)}
         if self.correlation:
             numbers["prune/scale_norm_correlation"] = float(np.mean(list(self.correlation.values())))
-        for logger in trainer.loggers:
-            logger.log_metrics(numbers, step=trainer.global_step)
+        log_numbers(trainer, numbers)
         return event
 
     def hyper_parameters(self) -> dict[str, Any]:

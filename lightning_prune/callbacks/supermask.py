@@ -15,6 +15,7 @@ from lightning_prune.callbacks import monitors
 from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.logs import log_numbers
 from lightning_prune.callbacks.rewind import named_state, require_pruner
 from lightning_prune.callbacks.validation import validate_quietly
 from lightning_prune.errors import ConfigError, ResumeError
@@ -195,8 +196,7 @@ class SupermaskScorer(Callback):
                 "metrics": metrics,
             }
         )
-        for logger in trainer.loggers:
-            logger.log_metrics({name: metrics[monitor]}, step=trainer.global_step)
+        log_numbers(trainer, {name: metrics[monitor]})
 
     def _choose(
         self,

@@ -1,7 +1,7 @@
 """Measured latency of forward passes: of one model, and of two by turns."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,6 +14,9 @@ from lightning_prune.costs.timing import Interval, Timer, by_turns, check_measur
 from lightning_prune.environment import describe_environment
 from lightning_prune.errors import ConfigError, MeasurementError
 from lightning_prune.running import call_model, copy_model, evaluation, map_tensors
+
+BINS = 24
+"""Equal bins of a histogram of samples."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Latency:
         batch_size: Of the inputs; None where they are no batch.
         environment: Device, threads, versions, load, and how the model ran (``dtype``, ``channels_last``,
             ``compiled``).
+        histogram: ``counts`` of the samples between successive ``edges_ms``: up to :data:`BINS` equal bins from the
+            fastest to the 95th percentile, and one for the slower ones; empty if unknown.
     """
 
     median_ms: float
@@ -40,6 +45,7 @@ class Latency:
     warm_up: int
     batch_size: int | None
     environment: dict[str, Any] = field(default_factory=dict)
+    histogram: dict[str, list[float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.median_ms:.3f} ms (quartiles {self.q1_ms:.3f} to {self.q3_ms:.3f}, {self.samples} samples)"
@@ -298,7 +304,23 @@ def _latency(
     q1, median, q3 = (float(v) * 1e3 for v in np.percentile(taken, [25, 50, 75]))
     facts = dict(facts)
     batch_size = facts.pop("batch_size")
-    return Latency(median, q1, q3, len(taken), timer.calls, warm_up, batch_size, environment | facts)
+    shape = histogram_of([1e3 * seconds for seconds in taken])
+    return Latency(median, q1, q3, len(taken), timer.calls, warm_up, batch_size, environment | facts, shape)
+
+
+def histogram_of(samples: Sequence[float]) -> dict[str, list[float]]:
+    """Count samples by size; a few that are many times as slow have a bin of their own and do not hide the rest.
+
+    Args:
+        samples: Milliseconds, at least one.
+
+    Returns:
+        ``counts`` and the ``edges_ms`` around them, one more.
+    """
+    low, most, high = (float(v) for v in np.percentile(samples, [0, 95, 100]))
+    edges = np.unique([*np.linspace(low, most, BINS + 1), high])
+    counts, edges = np.histogram(samples, edges if len(edges) > 1 else 1)
+    return {"counts": counts.tolist(), "edges_ms": edges.tolist()}
 
 
 def _environment(device: torch.device) -> dict[str, Any]:

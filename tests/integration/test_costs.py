@@ -31,19 +31,25 @@ DENSE_MACS = 12 * 16 + 16 * 3
 
 
 class Logger(CSVLogger):
-    """A logger that also has tables, as W&B's."""
+    """A logger that remembers what it was given."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, name="run")
         self.metrics: list[dict[str, float]] = []
-        self.tables: list[tuple[str, list[str], list[list[Any]]]] = []
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.metrics.append(dict(metrics))
         super().log_metrics(metrics, step)
 
-    def log_table(self, key: str, columns: list[str], data: list[list[Any]], step: int | None = None) -> None:
-        self.tables.append((key, columns, data))
+
+class Listener(Callback):
+    """Takes measurements, as a report does."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def record_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        self.rows.append(row)
 
 
 def profiler(**options: Any) -> CostProfiler:
@@ -63,9 +69,9 @@ def numbers(profile: CostProfiler, name: str) -> list[float]:
 
 
 def test_channels_that_leave(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    profile, logger = profiler(verbose=True), Logger(tmp_path)
+    profile, logger, listener = profiler(verbose=True), Logger(tmp_path), Listener()
     module = ToyModule()
-    fit = trainer(tmp_path, [channels(), profile], max_epochs=2, logger=logger)
+    fit = trainer(tmp_path, [channels(), profile, listener], max_epochs=2, logger=logger)
     fit.fit(module, *loaders())
     assert [(row["label"], row["round"], row["step"]) for row in profile.rows] == [
         ("dense", 0, 0),
@@ -84,9 +90,12 @@ def test_channels_that_leave(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert record.costs[0]["latency"]["environment"]["torch"] == str(torch.__version__)
     logged = [m for m in logger.metrics if "prune/num_macs" in m]
     assert [m["prune/num_macs"] for m in logged] == numbers(profile, "num_macs")
-    key, columns, data = logger.tables[-1]
-    assert key == "prune/costs"
-    assert [row[columns.index("label")] for row in data] == ["dense", "round 1", "end"]
+    assert listener.rows == profile.rows
+    ends = [m for m in logger.metrics if "prune/end/round" in m]
+    assert [m["prune/end/macs"] for m in ends] == [1, 0.5]
+    assert [m["prune/end/theoretical_speedup"] for m in ends] == [1, 2]
+    assert [m["prune/end/val_acc"] for m in ends] == [row.metrics["val_acc"] for row in record.rounds]
+    assert [m["prune/end/sparsity"] for m in ends] == [row.sparsity for row in record.rounds]
     shown = capsys.readouterr().out.splitlines()
     assert sum("theoretical" in line for line in shown) == 1
     assert any("round 1" in line and "50.0 %" in line and "2.00 x" in line for line in shown)

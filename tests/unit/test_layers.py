@@ -86,6 +86,7 @@ PUBLIC = [
     "TicketWriter",
     "TraceError",
     "TrainTime",
+    "WandbReporter",
     "WeightRewind",
     "WriteError",
     "load_ticket",
