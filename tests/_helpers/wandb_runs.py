@@ -59,7 +59,8 @@ class StoredRun:
 
     def logged_artifacts(self) -> dict[str, Any]:
         """Artifacts but those that wandb makes for tables, by ``name:alias``."""
-        return {f"{a.name}:{a.aliases[0]}": a for a in self.artifacts if a.type != "run_table"}
+        named = [a for a in self.artifacts if a.type != "run_table"]
+        return {f"{a.name}:{next(alias for alias in a.aliases if alias != 'latest')}": a for a in named}
 
 
 def read_runs(folder: Path) -> list[StoredRun]:
