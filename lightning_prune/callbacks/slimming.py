@@ -264,8 +264,9 @@ class SlimmingRegularizer(Callback):
             clusters = None
             if self._numbers is not None and mine:
                 joined = torch.cat([self._numbers[name] for name in mine])
-                numbers = torch.unique(joined, return_inverse=True)[1]
-                clusters = Clusters(numbers.to(next(iter(mine.values())).device))
+                _, numbers, sizes = torch.unique(joined, return_inverse=True, return_counts=True)
+                if int(sizes.max()) > 1:  # the norm of one scale is its absolute value, which is cheaper to take
+                    clusters = Clusters(numbers.to(next(iter(mine.values())).device))
             self._plans[id(optimizer)] = (list(mine.values()), clusters)
         return self._plans[id(optimizer)]
 

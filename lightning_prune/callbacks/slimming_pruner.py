@@ -118,12 +118,14 @@ class SlimmingPruner(ChannelRemover):
     def score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
         """Absolute BatchNorm scales, and gates; see what they look like."""
         gates = self._regularizer.gates if self._regularizer is not None else None
-        scores = {
-            group.name: score_batch_norm(group, graph.model, self.reduction)
-            if gates is None or group.name not in gates.values
-            else gates.values[group.name].double().cpu()
-            for group in graph.groups
-        }
+        scores = {}
+        for group in graph.groups:
+            if gates is not None and group.name in gates.values:
+                scores[group.name] = gates.values[group.name].double().cpu()
+            elif batch_norm_scales(group, graph.model):
+                scores[group.name] = score_batch_norm(group, graph.model, self.reduction)
+            else:  # one channel, which stays
+                scores[group.name] = torch.ones(group.size, dtype=torch.float64)
         self._near_zero = count_near_zero(scores)
         self.correlation = scale_norm_correlation(scores, graph.groups, graph.model)
         return scores

@@ -54,6 +54,8 @@ class Gates:
         self._readers: dict[str, list[_Reader]] = {}
         self._effects: dict[str, Tensor] = {}
         for group in groups:
+            if group.size == 1:  # the last channel of a group stays
+                continue
             device = fetch(model, group.makers[0][0]).device
             self.values[group.name] = torch.ones(group.size, device=device)
             self._readers[group.name] = [
@@ -103,7 +105,7 @@ class Gates:
         self._effects = {}
 
     def follow(self, keep: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
-        """Drop the factors of channels that left.
+        """Drop the factors of channels that left, and of one that is the last of its group: it stays.
 
         Args:
             keep: Of the removal plan: indices that stay by parameter and axis.
@@ -120,6 +122,8 @@ class Gates:
                 where = torch.full((int(max(places.max(), reader.places.max())) + 1,), -1, device=places.device)
                 where[places] = torch.arange(len(places), device=places.device)
                 reader.places = where[reader.places[stays]]
+        for name in [name for name, value in self.values.items() if len(value) == 1]:
+            del self.values[name], self._readers[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The factors by group."""

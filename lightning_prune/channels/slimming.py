@@ -99,7 +99,6 @@ def penalty(scales: Sequence[Tensor], clusters: Tensor | Clusters | None = None)
     return (groups.roots * groups.norms(torch.cat([scale.flatten() for scale in scales]))).sum()
 
 
-@torch.no_grad()
 def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor | Clusters | None = None) -> None:
     """Add ``strength`` times the sub-gradient of :func:`penalty` to the scales' gradients, in place; 0 where it is 0.
 
@@ -109,12 +108,13 @@ def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor
         clusters: See :func:`penalty`.
     """
     gradients = [scale.grad for scale in scales if scale.grad is not None]
+    values = [scale.detach() for scale in scales]  # a guard such as no_grad would take as long as all the rest
     directions: Sequence[Tensor]
     if clusters is None:
-        directions = torch._foreach_sign([scale.detach() for scale in scales])
+        directions = torch._foreach_sign(values)
     else:
         groups = Clusters.of(clusters)
-        flat = torch.cat([scale.detach().flatten() for scale in scales])
+        flat = torch.cat([value.flatten() for value in values])
         # 0 / tiny is 0: no direction where all scales of a cluster are 0
         factor = groups.roots / groups.norms(flat).clamp_min(torch.finfo(flat.dtype).tiny)
         directions = (flat * factor[groups.numbers]).split([scale.numel() for scale in scales])

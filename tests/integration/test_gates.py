@@ -1,13 +1,17 @@
 """Gates where no BatchNorm is: the same as factors that autograd sees, and slimming of hidden units and heads."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import SGD, Adam
+from torchvision.models import VisionTransformer
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from lightning_prune import (
     Budget,
@@ -20,7 +24,11 @@ from lightning_prune import (
     trace_channels,
 )
 from lightning_prune.channels.gates import Gates, gated_groups
+from tests._helpers.channels import images
 from tests._helpers.models import ToyModule, loaders, toy_network, trainer
+from tests._helpers.resuming import Case, Net, check_moved, check_resumed
+from tests._helpers.resuming import fit as resuming_fit
+from tests.integration.test_resume_fits import per_step
 
 
 class Tokens(nn.Module):
@@ -130,3 +138,142 @@ def test_networks_that_nothing_can_scale(tmp_path: Any) -> None:
     module = ToyModule(nn.Sequential(nn.Linear(12, 3)), lambda m: SGD(m.parameters(), 0.1))
     with pytest.raises(ConfigError, match="neither a BatchNorm nor layers that gates could act on"):
         trainer(tmp_path, [SlimmingRegularizer(gates=True)], max_epochs=1).fit(module, *loaders())
+
+
+# ------------------------------------------------------------- torchvision's networks
+
+
+class Colour(nn.Module):
+    """(N, 1, 6, 6), or (N, 5) as an image of products, to (N, 3, 8, 8)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            x = F.pad(x[:, None, :, None] * x[:, None, None, :], (0, 1, 0, 1))
+        return F.pad(x, (1, 1, 1, 1)).expand(-1, 3, -1, -1)
+
+
+def vit(classes: int = 3, dropout: float = 0.0, heads: int = 4) -> nn.Module:
+    return VisionTransformer(8, 4, 2, heads, 16, 24, dropout=dropout, num_classes=classes)
+
+
+def convnext(classes: int = 3, dropout: float = 0.0) -> nn.Module:
+    return ConvNeXt([CNBlockConfig(8, None, 2)], stochastic_depth_prob=dropout, layer_scale=0.5, num_classes=classes)
+
+
+READERS: dict[Any, dict[str, tuple[str, int]]] = {
+    vit: {
+        f"encoder.layers.encoder_layer_{i}.{maker}": (f"encoder.layers.encoder_layer_{i}.{reader}", columns)
+        for i in range(2)
+        for maker, reader, columns in (
+            ("self_attention", "self_attention.out_proj.weight", 4),
+            ("mlp.0", "mlp.3.weight", 1),
+        )
+    },
+    convnext: {f"features.1.{i}.block.3": (f"features.1.{i}.block.5.weight", 1) for i in range(2)},
+}
+"""By group: the weight that reads its channels, and in how many columns each."""
+
+
+@pytest.mark.parametrize("build", [vit, convnext])
+def test_gates_of_a_transformer_and_a_convnext_equal_factors_that_autograd_sees(tmp_path: Any, build: Any) -> None:
+    torch.manual_seed(0)
+    ours = ToyModule(nn.Sequential(Colour(), build().double()), lambda m: SGD(m.parameters(), 0.05, momentum=0.9))
+    theirs, readers = copy.deepcopy(ours.network[1]), READERS[build]
+    penalise = SlimmingRegularizer(2.0, gates=True)
+    trainer(tmp_path, [penalise], max_epochs=1, precision="64-true").fit(ours, *images())
+    optimizer = SGD(theirs.parameters(), 0.05, momentum=0.9)
+    parameters = dict(theirs.named_parameters())
+    gates = {name: torch.ones(parameters[r].shape[1] // n, dtype=torch.double) for name, (r, n) in readers.items()}
+    for x, y in images()[0]:
+        factors = {name: torch.ones_like(gate, requires_grad=True) for name, gate in gates.items()}
+        scaled = {
+            reader: parameters[reader] * factors[name].repeat_interleave(columns)
+            for name, (reader, columns) in readers.items()
+        }
+        optimizer.zero_grad()
+        F.cross_entropy(functional_call(theirs, parameters | scaled, Colour()(x.double())), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for name, (reader, columns) in readers.items():
+                gate = gates[name]
+                moved = (gate - 0.05 * factors[name].grad / gate.clamp_min(1e-300) - 0.05 * 2.0).clamp_min(0)
+                new = torch.where(gate > 0, moved, 0)
+                ratio = torch.where(gate > 0, new / gate, 0)
+                parameters[reader] *= ratio.repeat_interleave(columns)
+                gates[name] = new
+    found = {name.removeprefix("1."): value for name, value in penalise.state_dict()["gates"].items()}
+    assert found.keys() == gates.keys()
+    for name, gate in gates.items():
+        assert torch.allclose(found[name].double(), gate, atol=1e-5), name
+        assert gate.max() < 0.9
+    for (name, a), b in zip(ours.network[1].named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+
+
+@pytest.mark.filterwarnings("ignore:the scales have not separated")
+@pytest.mark.parametrize("build", [vit, convnext])
+def test_a_transformer_and_a_convnext_are_slimmed_where_their_gates_are_smallest(tmp_path: Any, build: Any) -> None:
+    torch.manual_seed(0)
+    network = build()
+    before: dict[str, Tensor] = {}
+
+    class Seen(SlimmingRegularizer):
+        def on_prune(self, trainer: Any, pl_module: Any, event: Any) -> None:
+            before.update({name.removeprefix("1."): value.clone() for name, value in self.gates.values.items()})
+            super().on_prune(trainer, pl_module, event)
+
+    prune, penalise = SlimmingPruner(Budget(channels=0.5), "2ep", verbose=False), Seen(1.0, gates=True)
+    module = ToyModule(nn.Sequential(Colour(), network), lambda m: Adam(m.parameters(), 0.02))
+    trainer(tmp_path, [prune, penalise], max_epochs=3).fit(module, *images())
+    pool = torch.cat(list(before.values())).sort(descending=True).values
+    threshold = pool[len(pool) // 2 - 1]
+    parameters, left = dict(network.named_parameters()), 0
+    for name, (reader, columns) in READERS[build].items():
+        kept = parameters[reader].shape[1] // columns
+        assert kept == max(1, int((before[name] >= threshold).sum())), name
+        left += kept
+    assert left == len(pool) // 2
+    fresh = nn.Sequential(Colour(), build())
+    load_compact(fresh, prune.folder / "compact.safetensors")
+    x = torch.randn(3, 1, 6, 6)
+    assert torch.allclose(fresh.eval()(x), module.network.eval()(x), atol=1e-6)
+
+
+class Images(Net):
+    """A network on images in the fits that are resumed."""
+
+    build: Any = None
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.network = nn.Sequential(Colour(), type(self).build(1, 0.2))
+
+
+class ViT(Images):
+    """All but one of two heads leave: the one that is left is a group no more."""
+
+    build = staticmethod(partial(vit, heads=2))
+
+
+class Wide(Images):
+    build = staticmethod(partial(vit, heads=8))
+
+
+class Next(Images):
+    build = staticmethod(convnext)
+
+
+@pytest.mark.filterwarnings("ignore:the scales have not separated")
+@pytest.mark.parametrize("kind", [ViT, Wide, Next])
+def test_a_slimmed_transformer_or_convnext_resumes(tmp_path: Any, kind: type[Net]) -> None:
+    def owners() -> list[Any]:
+        penalise = SlimmingRegularizer(0.5, gates=True, module="network")
+        return [SlimmingPruner(Budget(channels=0.5), "7st", module="network", verbose=False), penalise]
+
+    case = Case("gates", per_step, module=kind)
+    full = resuming_fit(case, tmp_path, owners=owners(), hooks=["on_train_batch_end"])
+    assert full.saved[0].weights.numel() > full.weights.numel()
+    for saved in full.saved[3:9:5]:  # before the cut and after it
+        resumed = resuming_fit(case, tmp_path / "resumed", seeded=99, checkpoint=saved.path, hooks=(), owners=owners())
+        check_resumed(full, resumed, saved)
+        assert check_moved(full, saved)
