@@ -25,7 +25,9 @@ from lightning_prune.experiments.networks import (
     ResNet56,
     ResNet110,
     SmallConvNet,
+    shaped_like,
     torchvision_model,
+    trained,
 )
 from lightning_prune.experiments.schedules import Cosine, Drops, OneCycle, Schedule
 
@@ -56,5 +58,7 @@ __all__ = [
     "SmallConvNet",
     "TensorDataModule",
     "TensorLoader",
+    "shaped_like",
     "torchvision_model",
+    "trained",
 ]

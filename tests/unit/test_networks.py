@@ -33,7 +33,7 @@ from lightning_prune.experiments.networks import (
     torchvision_model,
 )
 
-CLASSES = [getattr(networks, name) for name in networks.__all__ if name != "torchvision_model"]
+CLASSES = [found for found in (getattr(networks, name) for name in networks.__all__) if isinstance(found, type)]
 INPUTS = {LeNet300100: (1, 28, 28), MLP500300: (1, 28, 28), SmallConvNet: (1, 8, 8)}
 
 

@@ -1,6 +1,7 @@
 """The networks of the pruning papers; each can draw a fresh initialisation with ``reset_parameters()``."""
 
 from lightning_prune.experiments.networks.densenet import DenseNet40
+from lightning_prune.experiments.networks.files import shaped_like, trained
 from lightning_prune.experiments.networks.resnet import PreActResNet164, ResNet20, ResNet32, ResNet56, ResNet110
 from lightning_prune.experiments.networks.small import MLP500300, Conv2, Conv4, Conv6, LeNet300100, SmallConvNet
 from lightning_prune.experiments.networks.vgg import VGG16BN, VGG19BN
@@ -21,5 +22,7 @@ __all__ = [
     "ResNet56",
     "ResNet110",
     "SmallConvNet",
+    "shaped_like",
     "torchvision_model",
+    "trained",
 ]

@@ -1,0 +1,99 @@
+"""Networks that begin with what an earlier run has left: its weights, or only its widths."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from lightning_prune.compact_files import load_compact
+from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
+
+
+def trained(network: nn.Module, weights: str | Path) -> nn.Module:
+    """Load trained weights into a network, so that a run begins where another one has ended.
+
+    Args:
+        network: Of the very widths that were trained; changed in place.
+        weights: A checkpoint of :class:`ImageClassifier` (its network is taken), or a ``state_dict`` of the network,
+            written by ``torch.save`` or as safetensors. Nothing in it is unpickled into code.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileFormatError: The file is missing, damaged, or holds no tensors by name.
+        MaskMismatchError: Its tensors do not fit the network.
+
+    Example:
+        >>> import tempfile
+        >>> network = nn.Linear(2, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(network.state_dict(), f"{folder}/weights.pt")
+        ...     copy = trained(nn.Linear(2, 3), f"{folder}/weights.pt")
+        >>> torch.equal(copy.weight, network.weight)
+        True
+    """
+    state = _read(Path(weights))
+    try:
+        network.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        first = " ".join(str(error).split())[:300]
+        raise MaskMismatchError(
+            f"{weights} does not fit this {type(network).__name__}: {first}. Build the network as it was trained: with "
+            "the same width and number of classes."
+        ) from error
+    return network
+
+
+def shaped_like(network: nn.Module, compact: str | Path) -> nn.Module:
+    """Shrink a network to the widths of a compact one and draw fresh weights: the control that pruning has to beat.
+
+    Paper: Liu et al. 2019, "Rethinking the Value of Network Pruning", arXiv:1810.05270, which trains the pruned
+    architecture from scratch.
+
+    Args:
+        network: Of the original width, with a ``reset_parameters()`` that fills all its parameters by their present
+            shapes, as the networks here have; changed in place.
+        compact: A file of :func:`save_compact`. Its weights are not used.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ConfigError: The network cannot draw fresh weights.
+        FileFormatError: The file is missing or damaged.
+        MaskMismatchError: The file belongs to another architecture.
+    """
+    reset = getattr(network, "reset_parameters", None)
+    if not callable(reset):
+        raise ConfigError(
+            f"{type(network).__name__} has no reset_parameters(), so shaped_like cannot give it fresh weights: define "
+            "one that fills all its parameters."
+        )
+    load_compact(network, compact)
+    reset()
+    return network
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Tensors by name, those of a classifier's checkpoint without the name that the network has in it."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FileFormatError(f"weights={str(path)!r}: there is no such file.") from error
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise FileFormatError(
+            f"weights={str(path)!r} is damaged or no checkpoint of tensors ({type(error).__name__})."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
+    if not isinstance(state, Mapping) or not state:
+        raise FileFormatError(f"weights={str(path)!r} holds a {type(content).__name__}; expected tensors by name.")
+    inside = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+    return inside or state
