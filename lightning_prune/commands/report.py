@@ -8,10 +8,11 @@ from pathlib import Path
 from lightning_prune.errors import ConfigError
 from lightning_prune.files import atomic_write
 from lightning_prune.record import RunRecord
+from lightning_prune.reports.beside import find_analyses
 from lightning_prune.reports.page import page_of
 from lightning_prune.reports.png import write_png
 from lightning_prune.reports.rounds import rounds_table
-from lightning_prune.reports.runs import Group, choose_metric, group_runs, read_runs
+from lightning_prune.reports.runs import Group, choose_metric, group_runs, notes_on, read_runs
 from lightning_prune.reports.tables import csv_of, markdown_of, table_of
 
 FORMATS = ("html", "md", "csv", "png")
@@ -26,17 +27,22 @@ def main(arguments: Sequence[str]) -> None:
     """
     given = _parser().parse_args(arguments)
     form = _form(given)
-    runs, problems = read_runs(given.runs)
+    analyses, damaged = find_analyses(given.runs) if form == "html" else ({}, [])
+    runs, problems = read_runs(given.runs, needed=not analyses)
+    problems = [*damaged, *(problems if runs else [])]  # a folder of an analysis needs no record
+    metric = choose_metric(runs, given.metric) if runs else ""
+    groups = group_runs(runs, metric)
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
-    metric = choose_metric(runs, given.metric)
-    groups = group_runs(runs, metric)
+    if form == "html":
+        _write(page_of(groups, metric, problems, analyses), given.output or "report.html")
+        return
+    for note in notes_on(groups):
+        print(f"note: {note}", file=sys.stderr)
     if form == "png":
         path = Path(given.output or "report.png")
         write_png(path, groups, metric)
         print(f"written: {path}")
-    elif form == "html":
-        _write(page_of(groups, metric, problems), given.output or "report.html")
     elif form == "md":
         controls = [RunRecord.read(path) for path in given.control]
         _write(_markdown(groups, runs, controls, metric, not given.no_per_cent), given.output)
@@ -46,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lightning-prune report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, records, or folders of run folders")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folders, records, folders of run folders, or of `connectivity`"
+    )
     parser.add_argument("--output", metavar="FILE", help="where to (default: report.html, report.png, or the terminal)")
     parser.add_argument("--format", choices=FORMATS, help="default: as --output ends; md with --control; else html")
     parser.add_argument(

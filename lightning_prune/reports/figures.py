@@ -3,28 +3,46 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_prune.reports.runs import QUANTITIES, Group, front, lower_is_better
-from lightning_prune.reports.svg import Axis, Line
+from lightning_prune.reports.runs import QUANTITIES, Group, Spread, front, lower_is_better
+from lightning_prune.reports.svg import Axis, Line, Mark
 
 _FRACTIONS = ("weights", "channels", "params", "macs")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart: its title, a sentence on how to read it, lines and axes."""
+    """A chart.
+
+    Attributes:
+        title: Its title.
+        note: How to read it.
+        lines: Its lines.
+        x: The axis across.
+        y: The axis upwards.
+        ideal: The name of the line on which both axes are equal; empty: none is drawn.
+        guide: Where a horizontal line is drawn.
+        tag: What the number of a point counts.
+    """
 
     title: str
     note: str
     lines: tuple[Line, ...]
     x: Axis
     y: Axis
-    diagonal: bool = False
+    ideal: str = ""
+    guide: float | None = None
+    tag: str = "round"
 
 
 def label_of(index: int) -> str:
     """The short name of a method in charts: A to Z, then A1 and so on."""
     letter, again = chr(ord("A") + index % 26), index // 26
     return f"{letter}{again}" if again else letter
+
+
+def direction_of(metric: str) -> str:
+    """The metric's name with what is better."""
+    return f"{metric} ({'lower' if lower_is_better(metric) else 'higher'} is better)"
 
 
 def figures_of(groups: Sequence[Group], metric: str) -> list[Figure]:
@@ -41,49 +59,54 @@ def figures_of(groups: Sequence[Group], metric: str) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
+def mark_of(x: float, y: Spread, tag: int | None = None) -> Mark:
+    """A point at the mean of several values."""
+    return Mark(x, y.mean, y.low, y.high, y.count, tag)
+
+
+def axis_over(label: str, lines: Sequence[Line], *others: float) -> Axis:
+    """An upward axis that holds every point with its spread."""
+    return Axis.around(label, [*(y for line in lines for m in line.marks for y in (m.low, m.high)), *others])
+
+
 def _against(groups: Sequence[Group], metric: str, name: str, title: str) -> Figure | None:
     found = [
-        (index, g, [p for p in g.points if name in p.values and "metric" in p.values]) for index, g in enumerate(groups)
+        (index, [p for p in g.points if name in p.values and "metric" in p.values]) for index, g in enumerate(groups)
     ]
-    pairs = [(p.values[name].mean, p.values["metric"].mean) for _, _, points in found for p in points]
+    pairs = [(p.values[name].mean, p.values["metric"].mean) for _, points in found for p in points]
     if len({x for x, _ in pairs}) < 2:
         return None
     best, lines, before = set(front(pairs, lower_is_better(metric))), [], 0
-    for index, group, points in found:
-        drawn = []
-        for p in points:
-            x, y = p.values[name].mean, p.values["metric"]
-            spread = f" ({y.low:.4g} to {y.high:.4g}, {y.count} runs)" if y.count > 1 else ""
-            drawn.append((x, y.mean, y.low, y.high, f"{group.name}, round {p.round}: {x:.4g}, {y.mean:.4g}{spread}"))
+    for index, points in found:
+        marks = [mark_of(p.values[name].mean, p.values["metric"], p.round) for p in points]
         rings = frozenset(i for i in range(len(points)) if before + i in best)
-        lines.append(Line(label_of(index), drawn, index, rings))
+        lines.append(Line(label_of(index), marks, index, rings))
         before += len(points)
     xs = [x for x, _ in pairs]
-    ys = [y for line in lines for point in line.points for y in point[2:4]]
-    fraction = name in _FRACTIONS
-    label = QUANTITIES[name] + (" (log scale)" if fraction else "")
-    note = "Rings: no other point is better in both."
+    log = name in _FRACTIONS and min(xs) > 0
+    note = "Rings: the Pareto front; no other point is better in both."
     if name == "macs":
         note += " Theoretical: multiplications by 0 are not counted, whether or not hardware skips them."
-    x_axis = Axis.around(label, xs, log=fraction and min(xs) > 0, falling=True)
-    return Figure(title, note, tuple(lines), x_axis, Axis.around(metric, ys))
+    if name == "latency_ms":
+        note += " Medians, on the devices named below."
+    x_axis = Axis.around(QUANTITIES[name] + (" (log scale)" if log else ""), xs, log=log, falling=True)
+    return Figure(title, note, tuple(lines), x_axis, axis_over(direction_of(metric), lines))
 
 
 def _speedups(groups: Sequence[Group]) -> Figure | None:
     lines = []
     for index, group in enumerate(groups):
-        drawn = []
-        for p in group.points:
-            x, y = p.values.get("theoretical_speedup"), p.values.get("measured_speedup")
-            if x is not None and y is not None:
-                hint = f"{group.name}, round {p.round}: theoretical {x.mean:.3g}, measured {y.mean:.3g}"
-                drawn.append((x.mean, y.mean, y.low, y.high, hint))
-        if drawn:
-            lines.append(Line(label_of(index), drawn, index))
+        known = [p for p in group.points if {"theoretical_speedup", "measured_speedup"} <= p.values.keys()]
+        marks = [mark_of(p.values["theoretical_speedup"].mean, p.values["measured_speedup"], p.round) for p in known]
+        if marks:
+            lines.append(Line(label_of(index), marks, index))
     if not lines:
         return None
-    xs = [point[0] for line in lines for point in line.points]
-    ys = [y for line in lines for point in line.points for y in point[2:4]]
-    note = "Dashed: the clock sees all that the count promises. Masks alone leave every multiplication in place."
-    axes = Axis.around(QUANTITIES["theoretical_speedup"], [*xs, 1.0]), Axis.around("measured", [*ys, 1.0])
-    return Figure("Theoretical against measured speed-up", note, tuple(lines), *axes, diagonal=True)
+    values = [v for line in lines for mark in line.marks for v in (mark.x, mark.low, mark.high)]
+    log = min(values) > 0 and max(values) > 4 * min(values)
+    note = "One scale both ways. Masks leave every multiplication in place; channels that leave take theirs along."
+    scale = ", × (log scale)" if log else ", ×"
+    x_axis = Axis.around(f"theoretical speed-up, by MACs{scale}", [*values, 1.0], log=log)
+    y_axis = Axis.around(f"measured speed-up{scale}", [*values, 1.0], log=log)
+    title = "Theoretical against measured speed-up"
+    return Figure(title, note, tuple(lines), x_axis, y_axis, ideal="measured = theoretical")

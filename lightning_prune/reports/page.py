@@ -1,198 +1,181 @@
 """A report as one HTML file that asks for nothing else: style, script and charts stand in it."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from lightning_prune.reports.figures import figures_of, label_of
-from lightning_prune.reports.runs import Group
-from lightning_prune.reports.svg import NUM_COLOURS, bar_chart, line_chart
-from lightning_prune.reports.tables import Cell, cell_text, table_of
+from lightning_prune.errors import FileFormatError
+from lightning_prune.reports.beside import Curve, Ranks, curves_of_run, ranks_of_run
+from lightning_prune.reports.figures import Figure, figures_of, label_of
+from lightning_prune.reports.lines import figures_of_analysis, figures_of_rounds
+from lightning_prune.reports.runs import Group, notes_on
+from lightning_prune.reports.sections import count_text, frozen, layers, methods, rounds, where
+from lightning_prune.reports.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, line_chart, strip_chart
 
-MOST_BARS = 12
-"""Methods whose layers are drawn; of the others the table speaks."""
+MOST_RANKS = 6
+"""Methods whose ranks are drawn."""
 
-_STYLE = """
-:root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--soft:#5c6570;--edge:#d5dae0;--grid:#e7eaee;
---k0:#0072b2;--k1:#c44e00;--k2:#00805c;--k3:#b0478a;--k4:#946200;--k5:#3d7ea6}
-@media (prefers-color-scheme:dark){:root{--back:#14171b;--text:#e8eaed;--soft:#a2abb5;--edge:#3a414a;--grid:#282e35;
---k0:#56b4e9;--k1:#ff8c42;--k2:#2fc79a;--k3:#e58fc4;--k4:#e6b400;--k5:#9ad0f0}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:16px;max-width:1120px;background:var(--back);color:var(--text);
-font:16px/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin:2rem 0 .5rem}h3{font-size:1rem;margin:0 0 .25rem}
-p,dd,figcaption{color:var(--soft);margin:.25rem 0}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:24px}
-figure{margin:0}svg{width:100%;height:auto;display:block}
-svg text{fill:var(--text);font:12.5px system-ui,sans-serif}
-.grid{stroke:var(--grid)}.ideal{stroke:var(--soft);stroke-dasharray:3 4}
-svg polyline{fill:none;stroke:currentColor;stroke-width:1.8}
-svg .p{fill:currentColor;stroke:transparent;stroke-width:10}
-svg .front{fill:none;stroke:currentColor;stroke-width:1.5}
-svg .w{stroke:currentColor;stroke-width:1.2;fill:none}
-svg .end{fill:currentColor;font-weight:700}
-.d1 polyline{stroke-dasharray:7 4}.d2 polyline{stroke-dasharray:2 3}
-.whole{fill:var(--grid)}.kept{fill:var(--k0)}
-.methods{list-style:none;padding:0}.methods li{margin:.4rem 0}.methods b{display:inline-block;min-width:1.6em}
-.scroll{overflow-x:auto;max-height:75vh;border:1px solid var(--edge)}
-table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
-th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--grid)}
-th:first-child,td:first-child{text-align:left;min-width:11em}
-thead th{position:sticky;top:0;background:var(--back)}
-button{font:inherit;color:inherit;background:none;border:1px solid var(--edge);border-radius:5px;padding:5px 10px;
-cursor:pointer}
-th button{border:0;padding:0;font-weight:600;text-align:inherit}
-th[aria-sort=ascending] button::after{content:" ▲"}th[aria-sort=descending] button::after{content:" ▼"}
-.warn{border-left:4px solid var(--k1);padding:2px 12px}
-""" + "".join(f".c{i}{{color:var(--k{i})}}" for i in range(NUM_COLOURS))
-
-_SCRIPT = r"""
-const table = document.getElementById("rounds"), body = table.tBodies[0];
-const heads = [...table.tHead.rows[0].cells];
-heads.forEach((head, column) => head.firstChild.addEventListener("click", () => {
-  const up = head.getAttribute("aria-sort") !== "ascending";
-  heads.forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const value = row => row.cells[column].textContent;
-  const order = (a, b) => {
-    const [x, y] = [value(a), value(b)];
-    if (x === "" || y === "") return (x === "") - (y === "");
-    const numbers = [Number(x), Number(y)];
-    const found = numbers.some(Number.isNaN) ? x.localeCompare(y) : numbers[0] - numbers[1];
-    return up ? found : -found;
-  };
-  body.append(...[...body.rows].sort(order));
-}));
-const cells = () => [heads, ...[...body.rows].map(row => [...row.cells])].map(row => row.map(c => c.textContent));
-const markdown = () => {
-  const safe = text => text.replace(/\\/g, "\\\\").replace(/\|/g, "\\|").replace(/</g, "&lt;").replace(/[\r\n]/g, " ");
-  const lines = cells().map(row => "| " + row.map(safe).join(" | ") + " |");
-  lines.splice(1, 0, "|" + " --- |".repeat(heads.length));
-  return lines.join("\n") + "\n";
-};
-const csv = () => cells().map(row => row.map(
-  text => /[",\r\n]/.test(text) ? '"' + text.replace(/"/g, '""') + '"' : text).join(",")).join("\n") + "\n";
-const copy = async (button, text) => {
-  const label = button.dataset.label ??= button.textContent;
-  let done = true;
-  try { await navigator.clipboard.writeText(text); } catch {
-    const area = document.createElement("textarea");
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    done = document.execCommand("copy");
-    area.remove();
-  }
-  button.textContent = done ? "copied" : "could not copy";
-  setTimeout(() => { button.textContent = label; }, 1500);
-};
-document.getElementById("md").addEventListener("click", event => copy(event.currentTarget, markdown()));
-document.getElementById("csv").addEventListener("click", event => copy(event.currentTarget, csv()));
-"""
+_HERE = Path(__file__).parent
+_STYLE, _SCRIPT = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 
 
-def page_of(groups: Sequence[Group], metric: str, problems: Sequence[str] = ()) -> str:
+def page_of(
+    groups: Sequence[Group],
+    metric: str,
+    problems: Sequence[str] = (),
+    analyses: Mapping[str, Sequence[Curve]] | None = None,
+) -> str:
     """The report.
 
+    What runs have left beside their records (lines between networks, ranks of feature maps) is read from their folders.
+
     Args:
-        groups: As of :func:`group_runs`.
+        groups: As of :func:`group_runs`; may be empty where there are analyses.
         metric: The metric of their points.
         problems: What could not be read; stands at the top.
+        analyses: Lines of ``lightning-prune connectivity``, by folder.
     """
-    parts = [f"<h1>Pruning report: {escape(metric)}</h1>", _summary(groups)]
-    parts += [f'<p class="warn">{escape(problem)}</p>' for problem in _notes(groups, problems)]
-    parts.append(_methods(groups))
-    figures = [
-        f"<figure><h3>{escape(f.title)}</h3>{line_chart(f.title, f.lines, f.x, f.y, f.diagonal)}"
-        f"<figcaption>{escape(f.note)}</figcaption></figure>"
-        for f in figures_of(groups, metric)
-    ]
-    if figures:
-        parts.append(
-            "<h2>What was lost, what was gained</h2><p>Points: means over runs; whiskers: lowest and highest.</p>"
-        )
-        parts.append(f'<div class="charts">{"".join(figures)}</div>')
-    head, rows = table_of(groups, metric)
-    parts += [_table(head, rows), _layers(groups), _where(groups)]
+    page = _Page()
+    curves, ranks, damaged = _beside(groups)
+    title = f"Pruning report: {metric}" if groups else "Connectivity report"
+    parts = [f"<h1>{escape(title)}</h1>", _summary(groups)]
+    parts += [f'<p class="warn">{escape(note)}</p>' for note in [*notes_on(groups), *problems, *damaged]]
+    parts += [methods(groups, metric), page.main(groups, metric), rounds(groups, metric) if groups else ""]
+    parts += [layers(groups), frozen(groups), page.connected(groups, curves)]
+    parts += [page.analysed(name, found) for name, found in (analyses or {}).items()]
+    parts += [_ranks(ranks), where(groups)]
+    names = [[label_of(index), group.name] for index, group in enumerate(groups)]
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Pruning report: {escape(metric)}</title><style>{_STYLE}</style></head>\n"
-        f"<body>{''.join(parts)}<script>{_SCRIPT}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>\n{_STYLE}{_colours()}</style></head>\n<body>{''.join(parts)}"
+        f'<div id="tip" role="status" hidden></div>'
+        f'<script type="application/json" id="data">{_json({"names": names, "charts": page.charts})}</script>'
+        f"<script>\n{_SCRIPT}</script></body></html>\n"
     )
+
+
+class _Page:
+    """Collects the numbers of the charts, which the script reads, while they are drawn."""
+
+    def __init__(self) -> None:
+        self.charts: list[dict[str, Any]] = []
+
+    def chart(self, figure: Figure) -> str:
+        """A figure as HTML."""
+        self.charts.append(_content(figure))
+        drawn = line_chart(figure.title, figure.lines, figure.x, figure.y, figure.ideal, figure.guide)
+        return (
+            f'<figure data-chart="{len(self.charts) - 1}"><h3>{escape(figure.title)}</h3>{drawn}'
+            f"<figcaption>{escape(figure.note)}</figcaption></figure>"
+        )
+
+    def grid(self, figures: Sequence[Figure]) -> str:
+        """Figures side by side."""
+        return f'<div class="charts">{"".join(self.chart(figure) for figure in figures)}</div>'
+
+    def main(self, groups: Sequence[Group], metric: str) -> str:
+        """The metric against what is left, and speed-ups."""
+        figures = figures_of(groups, metric)
+        if not figures:
+            return ""
+        spread = any(len(group.runs) > 1 for group in groups)
+        how = "Points are means over runs, whiskers reach from the lowest to the highest. " if spread else ""
+        how += "Point at a chart to read its numbers, at a method above to find it."
+        return f"<h2>What was lost, what was gained</h2><p>{how}</p>{self.grid(figures)}"
+
+    def connected(self, groups: Sequence[Group], curves: Mapping[int, Sequence[Curve]]) -> str:
+        """Lines between successive rounds."""
+        figures = figures_of_rounds(groups, curves)
+        return f"<h2>Are successive rounds connected?</h2>{self.grid(figures)}" if figures else ""
+
+    def analysed(self, name: str, curves: Sequence[Curve]) -> str:
+        """Lines of an analysis."""
+        seeds = count_text(len({curve.seed for curve in curves}), "seed")
+        head = f"<h2>Stability to SGD noise</h2><p>{escape(name)}: {seeds}, {count_text(len(curves), 'line')}.</p>"
+        return head + self.grid(figures_of_analysis(curves))
+
+
+def _beside(groups: Sequence[Group]) -> tuple[dict[int, list[Curve]], dict[int, Ranks], list[str]]:
+    """Lines of all runs of each method; the ranks of its first run that has some; what could not be read."""
+    curves: dict[int, list[Curve]] = {}
+    ranks: dict[int, Ranks] = {}
+    problems: list[str] = []
+    for index, group in enumerate(groups):
+        for folder in (run.folder for run in group.runs if run.folder is not None):
+            found = _readable(curves_of_run, folder, problems)
+            if found:
+                curves.setdefault(index, []).extend(found)
+            cuts = _readable(ranks_of_run, folder, problems)
+            if cuts and index not in ranks and len(ranks) < MOST_RANKS:
+                ranks[index] = cuts[0]
+    return curves, ranks, problems
+
+
+def _readable(read: Callable[[Path], list[Any]], folder: Path, problems: list[str]) -> list[Any]:
+    try:
+        return read(folder)
+    except FileFormatError as error:
+        problems.append(str(error))
+        return []
 
 
 def _summary(groups: Sequence[Group]) -> str:
-    runs, rounds = sum(len(g.runs) for g in groups), sum(len(run.rounds) for g in groups for run in g.runs)
-    return f"<p>{_count(runs, 'run')}, {_count(len(groups), 'method')}, {_count(rounds, 'round')}.</p>"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _notes(groups: Sequence[Group], problems: Sequence[str]) -> list[str]:
-    notes = list(problems)
-    networks = {(run.rounds[0].unit, run.rounds[0].total) for group in groups for run in group.runs}
-    for unit in sorted({unit for unit, _ in networks}):
-        totals = sorted(total for own, total in networks if own == unit)
-        if len(totals) > 1:
-            found = ", ".join(f"{total:,}" for total in totals)
-            notes.append(
-                f"Different networks stand in one chart: they have {found} prunable {unit}. Compare with care."
-            )
-    return notes
-
-
-def _methods(groups: Sequence[Group]) -> str:
-    items = [
-        f'<li><b class="c{index % NUM_COLOURS}">{label_of(index)}</b> {escape(group.name)} '
-        f"<small>({_count(len(group.runs), 'run')}, seeds: {escape(group.seeds)})</small></li>"
-        for index, group in enumerate(groups)
-    ]
-    return f'<ul class="methods">{"".join(items)}</ul>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    heads = "".join(f'<th scope="col"><button type="button">{escape(name)}</button></th>' for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell_text(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return (
-        "<h2>Rounds</h2><p>Means over runs. Click a heading to sort. "
-        '<button type="button" id="md">Copy as Markdown</button> '
-        '<button type="button" id="csv">Copy as CSV</button></p>'
-        f'<div class="scroll"><table id="rounds"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-    )
-
-
-def _layers(groups: Sequence[Group]) -> str:
-    figures = []
-    for index, group in enumerate(groups[:MOST_BARS]):
-        last = max(group.runs, key=lambda run: len(run.rounds)).rounds[-1]
-        bars = [
-            (name, kept / total if total else 1.0, f"{kept:,} of {total:,}")
-            for name, (kept, total) in last.per_layer.items()
-        ]
-        if bars:
-            title = f"{label_of(index)}: {last.unit} kept in round {last.round}"
-            figures.append(f"<figure><h3>{escape(title)}</h3>{bar_chart(title, bars)}</figure>")
-    if not figures:
+    if not groups:
         return ""
-    left_out = len(groups) - MOST_BARS
-    more = f"<p>{_count(left_out, 'method')} more without a picture here.</p>" if left_out > 0 else ""
-    return (
-        "<h2>What each layer kept</h2><p>Of the run of each method that went furthest, in its last round.</p>"
-        f'<div class="charts">{"".join(figures)}</div>{more}'
-    )
+    number = sum(len(run.rounds) for g in groups for run in g.runs)
+    counts = (sum(len(g.runs) for g in groups), "run"), (len(groups), "method"), (number, "round")
+    data = sorted({str(run.task["data"]) for g in groups for run in g.runs if "data" in run.task})
+    on = f" on {', '.join(data)}" if data else ""
+    return f"<p>{', '.join(count_text(*pair) for pair in counts)}{escape(on)}.</p>"
 
 
-def _where(groups: Sequence[Group]) -> str:
-    found: dict[str, dict[str, Any]] = {}
-    for group in groups:
-        for run in group.runs:
-            for name, value in run.environment.items():
-                if value is not None:
-                    found.setdefault(name, {})[str(value)] = None
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape('; '.join(values))}</dd>" for name, values in found.items())
-    return f"<h2>Where the runs ran</h2><dl>{rows}</dl>" if rows else ""
+def _ranks(ranks: Mapping[int, Ranks]) -> str:
+    figures = []
+    for index, cut in ranks.items():
+        title = f"{label_of(index)}: mean ranks of feature maps before the cut of round {cut.round}"
+        rows = [
+            (layer.name, [(value, number in layer.kept) for number, value in enumerate(layer.values)])
+            for layer in cut.layers
+        ]
+        drawn = strip_chart(title, "mean rank, % of the largest possible", rows)
+        note = f"One mark a channel, over {cut.images:,} images. Dots: kept; crosses: removed."
+        figures.append(
+            f'<figure><h3>{escape(title)}</h3><div class="tall">{drawn}</div><figcaption>{note}</figcaption></figure>'
+        )
+    return f'<h2>Ranks of feature maps</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
+
+
+def _content(figure: Figure) -> dict[str, Any]:
+    """What the script needs to find the point under the pointer and to say what it is."""
+
+    def axis(own: Axis) -> dict[str, Any]:
+        content = {"label": own.label.removesuffix(" (log scale)"), "low": own.low, "high": own.high}
+        return content | {"log": own.log, "falling": own.falling, "named": bool(own.named)}
+
+    lines = []
+    for line in figure.lines:
+        points = [
+            [m.tag, *map(_short, (m.x, m.y))] + ([*map(_short, (m.low, m.high)), m.count] if m.count > 1 else [])
+            for m in line.marks
+        ]
+        lines.append({"m": line.colour, "p": points} | ({} if line.name is None else {"n": line.name}))
+    frame = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
+    return {"x": axis(figure.x), "y": axis(figure.y), "tag": figure.tag, "frame": frame, "lines": lines}
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _json(content: Any) -> str:
+    """JSON that cannot end the element that holds it, whatever stands in its texts."""
+    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _colours() -> str:
+    return "".join(f".c{i}{{color:var(--k{i})}}" for i in range(6))

@@ -37,27 +37,31 @@ def write_png(path: Path, groups: Sequence[Group], metric: str) -> None:
 
 def _draw(axes, figure: Figure) -> None:  # type: ignore[no-untyped-def]
     for line in figure.lines:
-        if not line.points:
+        if not line.marks:
             continue
-        x, y, low, high = zip(*(point[:4] for point in line.points), strict=True)
+        x, y = [m.x for m in line.marks], [m.y for m in line.marks]
+        spread = [[m.y - m.low for m in line.marks], [m.high - m.y for m in line.marks]]
         colour = COLOURS[line.colour % len(COLOURS)]
-        spread = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         axes.errorbar(x, y, yerr=spread, color=colour, marker="o", markersize=4, linewidth=1.5, capsize=0)
         rings = sorted(line.front)
         axes.plot([x[i] for i in rings], [y[i] for i in rings], "o", color=colour, markersize=10, fillstyle="none")
-        axes.annotate(line.label, (x[-1], y[-1]), (7, 0), textcoords="offset points", color=colour, weight="bold")
-    if figure.diagonal:
+        end = (x[line.label_at], y[line.label_at])
+        axes.annotate(line.label, end, (7, 0), textcoords="offset points", color=colour, weight="bold")
+    if figure.ideal:
         low, high = max(figure.x.low, figure.y.low), min(figure.x.high, figure.y.high)
         axes.plot([low, high], [low, high], color="0.5", linestyle=":")
+        axes.annotate(figure.ideal, (high, high), (-4, -12), textcoords="offset points", color="0.4", ha="right")
     axes.set_xscale("log" if figure.x.log else "linear")
     axes.set_xlim(*((figure.x.high, figure.x.low) if figure.x.falling else (figure.x.low, figure.x.high)))
     axes.set_ylim(figure.y.low, figure.y.high)
-    axes.set_xticks(figure.x.ticks(), [f"{tick:.4g}" for tick in figure.x.ticks()])
+    axes.set_xticks([tick for tick, _ in figure.x.texts()], [text for _, text in figure.x.texts()])
     axes.minorticks_off()
     axes.set_xlabel(_plain(figure.x.label))
     axes.set_ylabel(_plain(figure.y.label))
     axes.set_title(_plain(figure.title), fontsize=10)
     axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.errors import ConfigError, FileFormatError
+from lightning_prune.progress import progress
 from lightning_prune.record import JSON_NAME, Round, RunRecord
 
 QUANTITIES: dict[str, str] = {
@@ -24,6 +25,9 @@ QUANTITIES: dict[str, str] = {
 
 _NO_METHOD = ("seed", "dirpath", "verbose")
 """Hyper-parameters in which runs of one method may differ."""
+
+MOST_SETTINGS = 4
+"""Settings that a method's name shows."""
 
 
 @dataclass(frozen=True)
@@ -77,21 +81,28 @@ class Group:
         return ", ".join("none" if run.seed is None else str(run.seed) for run in self.runs)
 
 
-def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
+def read_runs(paths: Sequence[str | Path], needed: bool = True) -> tuple[list[RunRecord], list[str]]:
     """Read every record under ``paths``: files, run folders, or folders of run folders.
+
+    Args:
+        paths: Where to look.
+        needed: Whether there must be one.
 
     Returns:
         The records, and one message for each that could not be read.
 
     Raises:
-        ConfigError: Nothing could be read.
+        ConfigError: Nothing could be read, and something is needed.
     """
-    runs, problems = [], []
+    runs, problems, files = [], [], []
     for path in map(Path, paths):
         inside = sorted(path.rglob(JSON_NAME)) if path.is_dir() and not (path / JSON_NAME).exists() else [path]
         if not inside:
             problems.append(f"{path} holds no {JSON_NAME}, nor does any folder in it.")
-        for file in inside:
+        files += inside
+    with progress("records read", len(files)) as bar:
+        for file in files:
+            bar.advance()
             try:
                 run = RunRecord.read(file)
             except FileFormatError as error:
@@ -101,7 +112,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunRecord], list[str]]:
                 runs.append(run)
             else:
                 problems.append(f"{file}: no round of this run has ended yet.")
-    if not runs:
+    if not runs and needed:
         raise ConfigError("no runs to report on: " + " ".join(problems))
     return runs, problems
 
@@ -137,14 +148,8 @@ def group_runs(runs: Sequence[RunRecord], metric: str) -> list[Group]:
     members: dict[str, list[RunRecord]] = {}
     for run in runs:
         members.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
-    settings = [_flat(_identity(own[0])) for own in members.values()]
-    differing = [
-        key for key in dict.fromkeys(k for s in settings for k in s) if len({repr(s.get(key)) for s in settings}) > 1
-    ]
-    return [
-        Group(_name(own[0], flat, differing), tuple(own), points_of(own, metric))
-        for own, flat in zip(members.values(), settings, strict=True)
-    ]
+    names = _names([own[0] for own in members.values()])
+    return [Group(name, tuple(own), points_of(own, metric)) for name, own in zip(names, members.values(), strict=True)]
 
 
 def points_of(runs: Sequence[RunRecord], metric: str) -> tuple[Point, ...]:
@@ -186,10 +191,33 @@ def front(points: Sequence[tuple[float, float]], lower: bool = False, cost_rises
 def _identity(run: RunRecord) -> dict[str, Any]:
     first = run.rounds[0]
     method = {
-        name: {k: v for k, v in given.items() if k not in _NO_METHOD} if isinstance(given, dict) else given
+        name: {k: _setting(k, v) for k, v in given.items() if k not in _NO_METHOD} if isinstance(given, dict) else given
         for name, given in run.method.items()
     }
-    return method | {"network": {f"prunable {first.unit}": first.total}}
+    task = {name: run.task[name] for name in ("data", "networks") if name in run.task}
+    return method | {"network": {f"prunable {first.unit}": first.total} | task}
+
+
+def _setting(name: str, value: Any) -> Any:
+    """A hyper-parameter as far as it belongs to the method: each seed takes the masks of a run of its own."""
+    return "another run" if name == "masks_from" and value is not None else value
+
+
+def notes_on(groups: Sequence[Group]) -> list[str]:
+    """What makes the methods of one report hard to compare: other data, other networks."""
+    notes = []
+    data = sorted({str(run.task["data"]) for group in groups for run in group.runs if "data" in run.task})
+    if len(data) > 1:
+        notes.append(f"Runs on different data stand in one chart ({', '.join(data)}): their metrics do not compare.")
+    networks = {(run.rounds[0].unit, run.rounds[0].total) for group in groups for run in group.runs}
+    for unit in sorted({unit for unit, _ in networks}):
+        totals = sorted(total for own, total in networks if own == unit)
+        if len(totals) > 1:
+            found = ", ".join(f"{total:,}" for total in totals)
+            notes.append(
+                f"Different networks stand in one chart: they have {found} prunable {unit}. Compare with care."
+            )
+    return notes
 
 
 def _flat(content: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
@@ -198,10 +226,23 @@ def _flat(content: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     }
 
 
-def _name(run: RunRecord, flat: Mapping[tuple[str, str], Any], differing: Sequence[tuple[str, str]]) -> str:
-    shown = [f"{key[1]}={flat[key]}" for key in differing if flat.get(key) is not None]
-    name = " + ".join(run.method) or "no method"
-    return f"{name} ({', '.join(shown)})" if shown and len(shown) <= 6 else name
+def _names(runs: Sequence[RunRecord]) -> list[str]:
+    """A name for the method of each run: its callbacks, and in what it differs from others of the same callbacks."""
+    kinds = [" + ".join(run.method) or "no method" for run in runs]
+    settings = [_flat(_identity(run)) for run in runs]
+    names: list[str] = []
+    for kind, own in zip(kinds, settings, strict=True):
+        alike = [other for other_kind, other in zip(kinds, settings, strict=True) if other_kind == kind]
+        shown = []
+        for key, value in own.items():
+            others = settings if key[0] == "network" else alike
+            if value is not None and any(other.get(key) != value for other in others):
+                shown.append(f"{key[1]}={value}")
+        if len(shown) > MOST_SETTINGS:
+            shown = [*shown[:MOST_SETTINGS], "…"]
+        name = f"{kind} ({', '.join(shown)})" if shown else kind
+        names.append(name if name not in names else f"{name} #{sum(n.startswith(name) for n in names) + 1}")
+    return names
 
 
 def _numbers(run: RunRecord, row: Round, metric: str) -> dict[str, float]:

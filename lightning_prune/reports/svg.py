@@ -1,15 +1,18 @@
-"""Charts as SVG text: lines with whiskers, and bars. Colours come from the page's style sheet."""
+"""Charts as SVG text: lines with whiskers, and strips of ranks. Colours come from the page's style sheet."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 
 WIDTH, HEIGHT = 430, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 30, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 64, 32, 14, 48
 NUM_COLOURS = 6
-MOST_HINTS = 2000
-"""Charts of more points carry no text to hover over, so that the page stays small."""
+MOST_LABELS = 26
+"""Charts of more lines have no names at their ends: they would lie on each other."""
+MOST_DOTS = 200
+"""Longer lines are drawn without a dot at each point."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Axis:
         high: Its highest value.
         log: Whether equal ratios have equal lengths.
         falling: Whether high values come first.
+        named: Ticks with texts of their own, in place of round values.
     """
 
     label: str
@@ -29,6 +33,7 @@ class Axis:
     high: float
     log: bool = False
     falling: bool = False
+    named: tuple[tuple[float, str], ...] = ()
 
     @classmethod
     def around(cls, label: str, values: Sequence[float], log: bool = False, falling: bool = False) -> "Axis":
@@ -44,6 +49,10 @@ class Axis:
         low, high, value = map(math.log, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         part = (value - low) / (high - low)
         return 1 - part if self.falling else part
+
+    def texts(self) -> list[tuple[float, str]]:
+        """The ticks with what stands at them."""
+        return list(self.named) or [(tick, f"{tick:.4g}") for tick in self.ticks()]
 
     def ticks(self) -> list[float]:
         """Round values along it: 1, 2, 5 and their powers of ten."""
@@ -61,81 +70,159 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """One point of a line: where it lies, from the lowest to the highest of ``count`` values, and its number."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    count: int = 1
+    tag: int | None = None
+
+
+@dataclass(frozen=True)
 class Line:
     """One method in a chart.
 
     Attributes:
-        label: A short name that stands at the line's end.
-        points: ``(x, y, lowest y, highest y, text to hover over)``.
+        label: A short name that stands beside the line.
+        marks: Its points.
         colour: Index of its colour.
         front: Which points lie on the Pareto front.
+        shade: Place on a scale from the first colour to the second, in [0, 1], for lines that have an order.
+        label_at: Which point the label stands beside; the last.
+        name: What the label stands for; None: the method of this colour.
     """
 
     label: str
-    points: Sequence[tuple[float, float, float, float, str]]
+    marks: Sequence[Mark]
     colour: int = 0
     front: frozenset[int] = field(default_factory=frozenset)
+    shade: float | None = None
+    label_at: int = -1
+    name: str | None = None
 
 
-def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, diagonal: bool = False) -> str:
+def colour_of(index: int) -> str:
+    """The style classes of a method: one of six colours, then the same ones dashed."""
+    return f"c{index % NUM_COLOURS} d{index // NUM_COLOURS % 3}"
+
+
+def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, ideal: str = "", guide: float | None = None) -> str:
     """Lines with their points, a whisker from lowest to highest, and rings around the Pareto front.
+
+    Each line is a few paths whatever its number of points, so that a page of many runs stays light.
 
     Args:
         title: What a screen reader says.
         lines: At least one point in all.
         x: Across.
         y: Upwards.
-        diagonal: Draw where both axes are equal.
+        ideal: Draw where both axes are equal, and call it this.
+        guide: Draw a horizontal line here.
     """
     parts = [_frame(x, y)]
-    if diagonal:
-        low, high = max(x.low, y.low), min(x.high, y.high)
-        ends = f'x1="{_x(x, low)}" y1="{_y(y, low)}" x2="{_x(x, high)}" y2="{_y(y, high)}"'
-        parts.append(f'<line class="ideal" {ends}/>')
-    hints = sum(len(line.points) for line in lines) <= MOST_HINTS
-    for line in lines:
-        places = [(_x(x, px), _y(y, py), _y(y, low), _y(y, high), hint) for px, py, low, high, hint in line.points]
-        if not places:
-            continue
-        dash = f" d{line.colour // NUM_COLOURS % 3}"
-        parts.append(f'<g class="c{line.colour % NUM_COLOURS}{dash}">')
-        parts.append(f'<polyline points="{" ".join(f"{place[0]},{place[1]}" for place in places)}"/>')
-        for index, (px, py, low, high, hint) in enumerate(places):
-            if low != high:
-                parts.append(f'<path class="w" d="M{px} {low}V{high}"/>')
-            ring = f'<circle class="front" cx="{px}" cy="{py}" r="7"/>' if index in line.front else ""
-            text = f"<title>{escape(hint)}</title>" if hints else ""
-            parts.append(f'{ring}<circle class="p" cx="{px}" cy="{py}" r="3.5">{text}</circle>')
-        px, py = places[-1][:2]
-        parts.append(f'<text class="end" x="{px + 9:g}" y="{py + 4:g}">{escape(line.label)}</text></g>')
+    if ideal:
+        parts.append(_ideal(x, y, ideal))
+    if guide is not None and y.low <= guide <= y.high:
+        parts.append(f'<path class="ideal" d="M{LEFT} {_y(y, guide)}H{WIDTH - RIGHT}"/>')
+    drawn = [line for line in lines if line.marks]
+    parts += [_line(line, x, y) for line in drawn]
+    if len(drawn) <= MOST_LABELS:
+        parts += _labels(drawn, x, y)
     return _svg(title, HEIGHT, parts)
 
 
-def bar_chart(title: str, bars: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars of fractions.
+def _line(line: Line, x: Axis, y: Axis) -> str:
+    places = [(_x(x, m.x), _y(y, m.y)) for m in line.marks]
+    forth = [a[0] <= b[0] for a, b in pairwise(places)]
+    loose = " loose" if any(forth) and not all(forth) else ""  # measured values that go to and fro hang together less
+    parts = [f'<path class="way{loose}" d="M{"L".join(f"{px:g} {py:g}" for px, py in places)}"/>']
+    whiskers = [
+        f"M{px:g} {_y(y, m.low):g}V{_y(y, m.high):g}"
+        for (px, _), m in zip(places, line.marks, strict=True)
+        if m.low != m.high
+    ]
+    rings = [f"M{px - 6.5:g} {py:g}a6.5 6.5 0 1 0 13 0a6.5 6.5 0 1 0-13 0" for px, py in _at(places, line.front)]
+    for name, paths in (("whisker", whiskers), ("front", rings)):
+        if paths:
+            parts.append(f'<path class="{name}" d="{"".join(paths)}"/>')
+    if len(places) <= MOST_DOTS:
+        parts.append(f'<path class="dots" d="{"".join(f"M{px:g} {py:g}h0" for px, py in places)}"/>')
+    return f"<g {_look(line, 'line')}>{''.join(parts)}</g>"
+
+
+def _at(places: Sequence[tuple[float, float]], which: frozenset[int]) -> list[tuple[float, float]]:
+    return [place for index, place in enumerate(places) if index in which]
+
+
+def _look(line: Line, kind: str) -> str:
+    """Colour, dashes and the number by which the script finds a line."""
+    if line.shade is None:
+        return f'class="{kind} {colour_of(line.colour)}" data-m="{line.colour}"'
+    part = round(100 * line.shade)
+    return f'class="{kind}" style="color:color-mix(in oklab,var(--k1) {part}%,var(--k0))"'
+
+
+def _labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
+    """Names beside the lines, moved up or down where they would lie on each other."""
+    step = 14
+    wanted = [(_y(y, line.marks[line.label_at].y), _x(x, line.marks[line.label_at].x), line) for line in lines]
+    wanted.sort(key=lambda item: item[:2])
+    done: list[tuple[float, float]] = []
+    parts = []
+    for py, px, line in wanted:
+        while any(abs(px - other) < 9 * len(line.label) + 8 and abs(py - height) < step for height, other in done):
+            py += 2
+        done.append((py, px))
+        inside = px + 9 + 7.5 * len(line.label) <= WIDTH
+        side = f'x="{px + 9:g}"' if inside else f'x="{px - 9:g}" text-anchor="end"'
+        place = f'{side} y="{min(py, HEIGHT - BOTTOM) + 4:g}"'
+        parts.append(f"<text {_look(line, 'end')} {place}>{escape(line.label)}</text>")
+    return parts
+
+
+def _ideal(x: Axis, y: Axis, name: str) -> str:
+    low, high = max(x.low, y.low), min(x.high, y.high)
+    ends = f'x1="{_x(x, low)}" y1="{_y(y, low)}" x2="{_x(x, high)}" y2="{_y(y, high)}"'
+    place = f'x="{_x(x, high) - 16:g}" y="{_y(y, high) + 8:g}" text-anchor="end"'
+    return f'<line class="ideal" {ends}/><text class="soft" {place}>{escape(name)}</text>'
+
+
+def strip_chart(title: str, label: str, rows: Sequence[tuple[str, Sequence[tuple[float, bool]]]]) -> str:
+    """One row of dots a layer: kept channels as dots, those that left as crosses.
 
     Args:
         title: What a screen reader says.
-        bars: ``(name, fraction in [0, 1], text at its end)``.
+        label: What the axis shows, with its unit.
+        rows: ``(layer, [(value in [0, 1], whether it was kept)])``.
     """
-    parts, row, start = [], 22, 150
-    length = WIDTH - start - 112
-    for index, (name, part, text) in enumerate(bars):
-        top = index * row + 4
-        shown = name if len(name) <= 21 else f"…{name[-20:]}"
+    row, left, right, top = 17, 130, WIDTH - 14, 6
+    bottom = top + row * len(rows)
+    parts = []
+    for tick in range(0, 101, 20):
+        place = left + tick / 100 * (right - left)
+        parts.append(f'<path class="grid" d="M{place:g} {top}V{bottom}"/>')
+        parts.append(f'<text x="{place:g}" y="{bottom + 16}" text-anchor="middle">{tick}</text>')
+    parts.append(f'<text x="{(left + right) / 2:g}" y="{bottom + 36}" text-anchor="middle">{escape(label)}</text>')
+    for index, (name, values) in enumerate(rows):
+        middle = top + row * (index + 0.5)
+        shown = name if len(name) <= 18 else f"…{name[-17:]}"
         parts.append(
-            f"<g><title>{escape(f'{name}: {text}')}</title>"
-            f'<text x="{start - 8}" y="{top + 12}" text-anchor="end">{escape(shown)}</text>'
-            f'<rect class="whole" x="{start}" y="{top + 2}" width="{length}" height="12"/>'
-            f'<rect class="kept" x="{start}" y="{top + 2}" width="{part * length:.1f}" height="12"/>'
-            f'<text x="{start + length + 6}" y="{top + 12}">{escape(text)}</text></g>'
+            f'<text x="{left - 10}" y="{middle + 4:g}" text-anchor="end">{escape(shown)}'
+            f"<title>{escape(name)}</title></text>"
         )
-    return _svg(title, len(bars) * row + 8, parts)
+        places = [(left + value * (right - left), kept) for value, kept in values]
+        crosses = "".join(f"M{px - 3:.1f} {middle - 3:g}l6 6m-6 0l6-6" for px, kept in places if not kept)
+        dots = "".join(f"M{px:.1f} {middle:g}h0" for px, kept in places if kept)
+        parts.append(f'<path class="gone c1" d="{crosses}"/><path class="dots c0" d="{dots}"/>')
+    return _svg(title, bottom + 44, parts)
 
 
-def _svg(title: str, height: int, parts: Sequence[str]) -> str:
+def _svg(title: str, height: float, parts: Sequence[str]) -> str:
     name = escape(title, quote=True)
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -149,15 +236,15 @@ def _y(axis: Axis, value: float) -> float:
 def _frame(x: Axis, y: Axis) -> str:
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = []
-    for tick in x.ticks():
+    for tick, text in x.texts():
         place = _x(x, tick)
         parts.append(f'<path class="grid" d="M{place} {TOP}V{bottom}"/>')
-        parts.append(f'<text x="{place}" y="{bottom + 17}" text-anchor="middle">{tick:.4g}</text>')
-    for tick in y.ticks():
+        parts.append(f'<text x="{place}" y="{bottom + 17}" text-anchor="middle">{escape(text)}</text>')
+    for tick, text in y.texts():
         place = _y(y, tick)
         parts.append(f'<path class="grid" d="M{LEFT} {place}H{right}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{place + 4:g}" text-anchor="end">{tick:.4g}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{place + 4:g}" text-anchor="end">{escape(text)}</text>')
     middle = (TOP + bottom) / 2
-    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>')
-    turned = f'x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})"'
+    parts.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 9}" text-anchor="middle">{escape(x.label)}</text>')
+    turned = f'x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})"'
     return "".join(parts) + f"<text {turned}>{escape(y.label)}</text>"

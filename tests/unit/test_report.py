@@ -5,6 +5,7 @@ import io
 import json
 import math
 import time
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_prune.cli import main
+from lightning_prune.files import write_json
 from lightning_prune.record import Round, RunRecord
 from lightning_prune.reports.page import page_of
 from lightning_prune.reports.runs import front, group_runs
+from tests._helpers.runs import run_of
 
 HOSTILE = "<script>alert(1)</script>\"'|&\n"
-
-
-def run_of(
-    seed: int, accuracy: list[float], method: str = "Pruner", layer: str = "conv", costs: bool = True, **settings: Any
-) -> RunRecord:
-    """A run whose round r keeps half of what round r - 1 kept of 1,000 weights."""
-    record = RunRecord({method: settings | {"seed": seed}}, seed, {"torch": "2.x"})
-    for index, value in enumerate(accuracy):
-        kept = 1000 // 2**index
-        row = Round(index, 10 * index, index, 10, kept, 1000, "d", {layer: (kept, 1000)}, metrics={"val_acc": value})
-        record.add_round(row, 1.5)
-        if costs and index:
-            numbers = {"num_macs_nonzero": 2 * kept, "num_params_nonzero": kept, "latency_ms": 3.0 - index / 4,
-                       "theoretical_speedup": 2.0**index, "measured_speedup": 1.0 + index / 8}  # fmt: skip
-            dense = {"dense_macs": 2000, "dense_params": 1000, "comparison": {"first": {"median_ms": 3.25}}}
-            record.costs.append({"label": f"round {index}", "round": index, "numbers": numbers} | dense)
-    return record
 
 
 class Page(HTMLParser):
@@ -81,6 +67,13 @@ def test_seeds_group_and_methods_part() -> None:
     one, two = group_runs(runs, "val_acc")
     assert (one.name, one.seeds, two.name) == ("Pruner (rate=1)", "0, 1", "Pruner (rate=2)")
     assert len(one.points) == 3
+    many = [run_of(0, [0.9], a=i, b=i, c=i, d=i, e=i) for i in range(3)] + [run_of(0, [0.9], "Other", a=1)]
+    many += [run_of(0, [0.9], a=0, b=0, c=0, d=0, e=9)]
+    assert [group.name for group in group_runs(many, "val_acc")] == [
+        *(f"Pruner (a={i}, b={i}, c={i}, d={i}, …)" for i in range(3)),
+        "Other",  # none other has its callbacks, so nothing need be said
+        "Pruner (a=0, b=0, c=0, d=0, …) #2",
+    ]
     metric = one.points[1].values["metric"]
     assert (metric.mean, metric.low, metric.high, metric.count) == (pytest.approx(0.7), 0.6, 0.8, 2)
     assert one.points[2].values["metric"].count == 1
@@ -111,7 +104,7 @@ def test_the_page_stands_alone_and_believes_no_name() -> None:
     text = page_of(group_runs(runs, "val_acc"), "val_acc", [HOSTILE])
     page = Page(text)
     assert not page.open
-    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert [tag for tag, _ in page.tags].count("script") == 2  # the numbers, and the code
     assert "alert(1)</script>" not in text
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object")
@@ -120,20 +113,21 @@ def test_the_page_stands_alone_and_believes_no_name() -> None:
     assert "http://" not in text
     assert "https://" not in text
     charts = text.split("<svg")[1:]
-    assert len(charts) == 5 + 2  # sparsity, parameters, MACs, latency, speed-up; layers of two methods
+    assert len(charts) == 2 + 5  # a sample of each method's line; sparsity, parameters, MACs, latency, speed-up
     for chart in charts:
         ElementTree.fromstring("<svg" + chart.split("</svg>")[0] + "</svg>")
-    for word in ("prefers-color-scheme:dark", "width=device-width", "Rings:"):
+    for word in ("prefers-color-scheme: dark", "width=device-width", "Rings:"):
         assert word in text
-    assert page.rows[1][0] == HOSTILE
+    assert page.rows[1][0] == "A"
+    assert escape(HOSTILE) in text
 
 
 def test_the_table_holds_the_numbers() -> None:
     page = Page(page_of(group_runs([run_of(0, [0.9, 0.8]), run_of(1, [0.8, 0.7])], "val_acc"), "val_acc"))
-    head, dense, first = page.rows
+    head, dense, first = page.rows[:3]
     assert head[:7] == ["method", "round", "runs", "sparsity, %", "val_acc", "lowest", "highest"]
-    assert dense[:7] == ["Pruner", "0", "2", "0", "0.85", "0.8", "0.9"]
-    assert first[:7] == ["Pruner", "1", "2", "50", "0.75", "0.7", "0.8"]
+    assert dense[:7] == ["A", "0", "2", "0", "0.85", "0.8", "0.9"]
+    assert first[:7] == ["A", "1", "2", "50", "0.75", "0.7", "0.8"]
     assert first[head.index("measured speed-up (ratio of latencies)")] == "1.125"
 
 
@@ -144,13 +138,74 @@ def test_different_networks_are_named() -> None:
     assert "they have 7, 1,000 prunable weights" in text
 
 
+def test_other_data_are_named_and_kept_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("Digits", "MNIST"):
+        run = run_of(0, [0.9, 0.8])
+        run.task = {"data": name}
+        run.write(tmp_path / name)
+    main(["report", str(tmp_path), "--format", "csv"])
+    seen = capsys.readouterr()
+    assert "note: Runs on different data stand in one chart (Digits, MNIST)" in seen.err
+    rows = list(csv.DictReader(io.StringIO(seen.out)))
+    assert [row["method"] for row in rows] == ["Pruner (data=Digits)"] * 2 + ["Pruner (data=MNIST)"] * 2
+    main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")])
+    assert "different data stand in one chart" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_masks_of_each_seeds_own_run_are_one_method() -> None:
+    runs = [run_of(s, [0.9], masks_from=f"runs/seed{s}") for s in (0, 1)]
+    (group,) = group_runs(runs, "val_acc")
+    assert len(group.runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "connectivity.json",
+            '{"format": "lightning_prune.rounds", "version": 2}',
+            "has version 2, this library reads 1",
+        ),
+        ("connectivity.json", '{"format": "lightning_prune.rounds", "version": 1, "lines": [{}]}', "is damaged"),
+        ("ranks.json", '{"format": "lightning_prune.ranks", "ver', "is not valid JSON"),
+        ("ranks.json", "[]", "is no file of lightning_prune's"),
+    ],
+)
+def test_what_stands_beside_a_record_may_be_damaged(name: str, content: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path / "runs", {"a": run_of(0, [0.9, 0.8])})
+    (tmp_path / "runs" / "a" / name).write_text(content)
+    main(["report", str(tmp_path / "runs"), "--output", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert message in unescape(text)
+    assert "val_acc against sparsity" in text
+
+
+def test_an_analysis_has_charts_without_any_record(tmp_path: Path) -> None:
+    def line(step: int, seed: int, height: float) -> dict[str, Any]:
+        errors = {"train": [0.0, height, 0.0], "test": [0.1, 0.1 + height, 0.1]}
+        barriers = dict.fromkeys(errors, height)
+        return {"seed": seed, "step": step, "density": 1.0, "batch_norm": "interpolate", "aligned": False,
+                "alphas": [0.0, 0.5, 1.0], "errors": errors, "barriers": barriers}  # fmt: skip
+
+    lines = [line(step, seed, height) for seed in (0, 1) for step, height in ((0, 0.5), (100, 0.01))]
+    write_json(tmp_path / "connectivity.json", {"format": "lightning_prune.connectivity", "version": 1, "lines": lines})
+    main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "2 seeds, 4 lines" in text
+    content = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    along, barrier = content["charts"]
+    assert [chart["y"]["label"] for chart in (along, barrier)] == ["error, test, %", "error barrier, test, points"]
+    assert [point[1:3] for point in along["lines"][0]["p"]] == [[0.0, 10.0], [0.5, 60.0], [1.0, 10.0]]
+    assert [point[1:3] for point in barrier["lines"][0]["p"]] == [[0.0, 50.0], [1.0, 1.0]]
+
+
 def test_many_runs_stay_small_and_quick() -> None:
     runs = [run_of(s, [0.9 - 0.001 * s - 0.01 * r for r in range(9)], rate=s % 250) for s in range(500)]
     start = time.perf_counter()
     text = page_of(group_runs(runs, "val_acc"), "val_acc")
     assert time.perf_counter() - start < 10
     assert len(text.encode()) < 6e6
-    assert len(Page(text).rows) == 1 + 250 * 9
+    assert text.count("<tr><td class=") == 250 * 9
 
 
 def test_the_command_shows_good_runs_and_names_bad_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
