@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import os
 import pickle
 import sys
 import warnings
@@ -16,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
+from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.remover import COMPACT_NAME
 from lightning_prune.errors import FileFormatError, PruneError
@@ -29,6 +31,7 @@ COMMANDS = {
     "models": "lightning_prune.commands.models",
     "profile": "lightning_prune.commands.profile",
     "report": "lightning_prune.commands.report",
+    "wandb-report": "lightning_prune.commands.wandb_report",
 }
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
 
@@ -67,7 +70,16 @@ class SaveRecipe(SaveConfigCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write ``config.yaml``, over an earlier one only when resuming."""
         self.overwrite = self.overwrite or self.config.get("ckpt_path") is not None
-        super().setup(trainer, pl_module, stage)
+        folder = run_folder(trainer)
+        if folder is None or trainer.loggers[0].log_dir is not None:
+            super().setup(trainer, pl_module, stage)
+            return
+        # a logger without a folder of its own, such as W&B's: Lightning would write every run's into one place
+        if trainer.is_global_zero and not self.already_saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = str(folder / self.config_filename)
+            self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
+        self.already_saved = True
 
 
 class PruneCLI(LightningCLI):
@@ -103,7 +115,10 @@ class PruneCLI(LightningCLI):
             return
         folder = Path(checkpoint).resolve().parent.parent
         settings = logger.init_args
-        home = Path(str(settings.get("save_dir")), str(settings.get("name"))).resolve()
+        name = settings.get("name")
+        if str(logger.class_path).rpartition(".")[2] == "WandbLogger":  # its folder is named by the project
+            name = settings.get("project") or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        home = Path(str(settings.get("save_dir")), str(name)).resolve()
         if (folder / JSON_NAME).exists() and folder.parent == home and settings.get("version") is None:
             settings["version"] = folder.name
 

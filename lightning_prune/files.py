@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import secrets
 import zipfile
 import zlib
@@ -187,6 +188,29 @@ def check_archive(path: str | Path) -> None:
         raise FileFormatError(
             f"{path} is damaged, or no file that torch.save has written ({error}). Use an earlier checkpoint."
         ) from error
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of Lightning's without running code from it.
+
+    Raises:
+        FileFormatError: It is missing, damaged, no checkpoint, or holds objects that only code could restore.
+    """
+    if not Path(path).is_file():
+        raise FileFormatError(f"{path} does not exist, or is no file; expected a checkpoint of Lightning's.")
+    check_archive(path)
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FileFormatError(
+            f"{path} cannot be read without running code that is in it, or is damaged: {str(error).splitlines()[0]} "
+            "Objects of your own in save_hyperparameters are the usual cause: leave them out (ignore=[...])."
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise FileFormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise FileFormatError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
+    return checkpoint
 
 
 def _check_header_size(path: Path) -> None:

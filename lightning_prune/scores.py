@@ -198,7 +198,9 @@ def score_quantiles(scores: Tensor, within: Tensor | None = None) -> tuple[float
     Returns:
         Five numbers, in the order of :data:`QUANTILES`; none if no entry counts.
     """
-    values = (scores.reshape(-1) if within is None else scores[within]).detach().to("cpu", torch.float32).numpy()
+    values = scores.detach().to("cpu", torch.float32).numpy().reshape(-1)
+    if within is not None:
+        values = values[within.cpu().numpy().reshape(-1)]
     if not values.size:
         return ()
     places = [int(q * (values.size - 1)) for q in (0, 0.25, 0.5, 0.75, 1)]

@@ -50,8 +50,9 @@ class RoundConnectivity(Callback):
     State saved: the last round's trained network, and the measurements.
 
     Raises:
-        ConfigError: An argument out of range; in ``setup``: no pruner beside it, or a strategy that shards the network;
-            at an event: no validation data, or a pruner that removes channels instead of masking weights.
+        ConfigError: An argument out of range; in ``setup``: no pruner beside it, a strategy that shards the network, or
+            neither ``error`` nor a ``forward`` of the module; at an event: no validation data, or a pruner that removes
+            channels instead of masking weights.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -60,7 +61,9 @@ class RoundConnectivity(Callback):
         >>> trainer = Trainer(max_epochs=30, callbacks=callbacks, logger=False, enable_checkpointing=False)
 
     Limits:
-        With several processes each measures on its share of the data and the means are averaged over them.
+        With several processes (DDP) all measure rank 0's network, each on its share of the data, and the means are
+        averaged; a share is as long as the others, as Lightning's samplers cut them. Statistics for ``"recalibrate"``
+        are each process's, of its share.
     """
 
     prune_order = -1
@@ -93,6 +96,11 @@ class RoundConnectivity(Callback):
             return
         require_pruner(trainer, self)
         require_whole_network(trainer, "so no line can be drawn between two networks here")
+        if self.error is None and type(pl_module).forward is pl.LightningModule.forward:
+            raise ConfigError(
+                f"RoundConnectivity calls the module on inputs, and {type(pl_module).__name__} has no forward(): "
+                "define it, or give error=...."
+            )
         self.rows, self._before, self._round, self._density = [], None, 0, [1.0]
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
@@ -111,6 +119,7 @@ class RoundConnectivity(Callback):
         if self.rows and self.rows[-1]["rounds"][1] >= self._round:
             return  # a finished run that was resumed
         state = {n: t.detach().to("cpu", copy=True) for n, t in pl_module.state_dict().items() if isinstance(t, Tensor)}
+        state = trainer.strategy.broadcast(state)  # processes may have running statistics of their own
         before, self._before = self._before, state
         if before is None:
             return

@@ -1,14 +1,11 @@
 """Removal plans in Lightning's checkpoints: written with the weights, carried out before these are loaded."""
 
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from zipfile import BadZipFile
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.core.saving import _load_state
 from torch import nn
 
@@ -16,7 +13,7 @@ from lightning_prune.callbacks import monitors
 from lightning_prune.channels.compact import plans_of, remember
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
-from lightning_prune.files import check_archive
+from lightning_prune.files import read_checkpoint
 from lightning_prune.prunable import canonical_name
 from lightning_prune.wrappers import bare, uncompiled
 
@@ -161,7 +158,7 @@ def load_compact_checkpoint(
     Example:
         ``network = load_compact_checkpoint(MyModule, "runs/version_0/checkpoints/epoch=9.ckpt")``
     """
-    checkpoint = _read(path, map_location)
+    checkpoint = read_checkpoint(path, map_location)
     if KEY not in checkpoint:
         raise FileFormatError(
             f"{path} holds no removal plans: no pruner of channels was among the trainer's callbacks. Load it with "
@@ -196,21 +193,3 @@ def _built(cls: type[Module], checkpoint: dict[str, Any], where: str, arguments:
     module: Any = _load_state(shrinking, checkpoint, **arguments)
     module.__class__ = cls
     return module
-
-
-def _read(path: str | Path, map_location: Any) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise FileFormatError(f"{path} does not exist, or is no file; expected a checkpoint of Lightning's.")
-    check_archive(path)
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FileFormatError(
-            f"{path} cannot be read without running code that is in it, or is damaged: {str(error).splitlines()[0]} "
-            "Objects of your own in save_hyperparameters are the usual cause: leave them out (ignore=[...])."
-        ) from error
-    except (RuntimeError, EOFError, OSError, BadZipFile, ValueError, KeyError) as error:
-        raise FileFormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise FileFormatError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
-    return checkpoint

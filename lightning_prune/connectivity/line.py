@@ -122,21 +122,7 @@ def linear_mode_connectivity(
         >>> linear_mode_connectivity(net, one, two, lambda n: 1 - n.weight.item() ** 2, points=3).barrier
         1.0
     """
-    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
-        raise ConfigError(f"points={points!r}: expected how many places on the line to evaluate, at least 2.")
-    if batch_norm not in ("interpolate", "recalibrate"):
-        raise ConfigError(f"batch_norm={batch_norm!r} is unknown; choose 'interpolate' or 'recalibrate'.")
-    if differing_masks not in ("error", "union"):
-        raise ConfigError(f"differing_masks={differing_masks!r} is unknown; choose 'error' or 'union'.")
-    anew = batch_norm == "recalibrate"
-    if anew:
-        check_batches(batches)
-        if not tracked_norms(model):
-            warnings.warn(
-                f"batch_norm='recalibrate' changes nothing: {type(model).__name__} has no running statistics.",
-                NoEffectWarning,
-                stacklevel=2,
-            )
+    _check_options(model, points, batch_norm, batches, differing_masks)
     alignment = None
     if align:
         alignment = align_states(model, state_a, state_b, example_inputs_of(model, example_inputs))
@@ -148,9 +134,31 @@ def linear_mode_connectivity(
     check_masks(line, masks, differing_masks)
     alphas = tuple(index / (points - 1) for index in range(points))
     with put_back(model), torch.no_grad():
-        found = _errors(line, alphas, error, batches if anew else None)
+        found = _errors(line, alphas, error, batches if batch_norm == "recalibrate" else None)
     splits = {split: tuple(at[split] for at in found) for split in found[0]}
     return LinearPath(alphas, splits, alignment)
+
+
+def _check_options(model: nn.Module, points: int, batch_norm: str, batches: Any, differing_masks: str) -> None:
+    """Refuse options out of range; warn where estimating statistics anew changes nothing.
+
+    Raises:
+        ConfigError: Out of range.
+    """
+    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
+        raise ConfigError(f"points={points!r}: expected how many places on the line to evaluate, at least 2.")
+    if batch_norm not in ("interpolate", "recalibrate"):
+        raise ConfigError(f"batch_norm={batch_norm!r} is unknown; choose 'interpolate' or 'recalibrate'.")
+    if differing_masks not in ("error", "union"):
+        raise ConfigError(f"differing_masks={differing_masks!r} is unknown; choose 'error' or 'union'.")
+    if batch_norm == "recalibrate":
+        check_batches(batches)
+        if not tracked_norms(model):
+            warnings.warn(
+                f"batch_norm='recalibrate' changes nothing: {type(model).__name__} has no running statistics.",
+                NoEffectWarning,
+                stacklevel=3,
+            )
 
 
 def _errors(

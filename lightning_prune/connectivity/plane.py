@@ -11,6 +11,7 @@ from lightning_prune.connectivity.batch_norm import check_batches, recalibrate
 from lightning_prune.connectivity.line import ErrorFunction, numbers
 from lightning_prune.connectivity.states import put_back, read_state, state_tensors
 from lightning_prune.errors import ConfigError
+from lightning_prune.progress import progress
 
 Place = tuple[float, float]
 
@@ -78,8 +79,11 @@ def error_plane(
             recalibrate(model, batches)
         return numbers(error(model), f"place {weights}")
 
-    with put_back(model), torch.no_grad():
-        rows = [[at(plane.weights(x, y)) for x in xs] for y in ys]
+    with put_back(model), torch.no_grad(), progress("errors on the plane, places", points**2) as bar:
+        rows = []
+        for y in ys:
+            rows.append([at(plane.weights(x, y)) for x in xs])
+            bar.advance(points)
         corners = [at(weights) for weights in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))]
     errors = {split: tuple(tuple(place[split] for place in row) for row in rows) for split in corners[0]}
     ends = {split: (corners[0][split], corners[1][split], corners[2][split]) for split in corners[0]}

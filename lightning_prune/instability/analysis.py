@@ -10,14 +10,17 @@ from torch import Tensor
 
 from lightning_prune.checkpoint import load_ticket
 from lightning_prune.errors import ConfigError, PruneError
-from lightning_prune.files import read_json, read_tensors, write_json, write_tensors
+from lightning_prune.files import atomic_write, read_checkpoint, read_json, read_tensors, write_json, write_tensors
 from lightning_prune.instability.branches import STEPS, BranchPoints, SGDNoise, TrainTicket, file_name
 from lightning_prune.instability.recipe import Built, read_recipe
+from lightning_prune.instability.share import Share, processes, share_of
 from lightning_prune.record import RunRecord
 from lightning_prune.times import TrainTime
 
 SETTINGS = "analysis.json"
 RECIPE = "recipe.yaml"
+TICKET = "ticket.json"
+SPLITS = {"train", "test"}
 _FORMAT = "lightning_prune.instability"
 _KIND = "solution"
 
@@ -94,9 +97,21 @@ class Analysis:
         self.folder, self.settings = folder, settings
         if settings.copies < 2:
             raise ConfigError(f"copies={settings.copies}: a line needs two; give at least 2.")
+        if not settings.seeds:
+            raise ConfigError("seeds=0: no training; give at least 1.")
+        if settings.points < 2 or settings.calibration_batches < 1:
+            raise ConfigError(
+                f"points={settings.points}, calibration_batches={settings.calibration_batches}: expected at least 2 "
+                "places on a line and at least 1 batch."
+            )
+        if not settings.splits or not set(settings.splits) <= SPLITS:
+            raise ConfigError(f"splits={','.join(settings.splits)}: choose from train and test.")
         for time in settings.at:
             TrainTime.parse(time, "at")
         self._claim(recipe)
+        for unit in self.units():
+            if unit.ticket:
+                self._claim_ticket(unit)
 
     def _claim(self, recipe: Path) -> None:
         """Write recipe and fixed settings, or see that they are the ones the folder was begun with."""
@@ -119,8 +134,22 @@ class Analysis:
                     "be mixed with new ones. Choose another folder with --out, or give the same arguments."
                 )
             return
-        write_json(path, content)
-        (self.folder / RECIPE).write_text(yaml.safe_dump(content["recipe"], sort_keys=False), encoding="utf-8")
+        with atomic_write(self.folder / RECIPE) as temporary:
+            temporary.write_text(yaml.safe_dump(content["recipe"], sort_keys=False), encoding="utf-8")
+        write_json(path, content)  # last, for processes that begin together
+
+    def _claim_ticket(self, unit: Unit) -> None:
+        """Keep which masks a ticket's branches have, or see that they are those."""
+        assert unit.ticket is not None
+        path = self.path(unit).parent / TICKET
+        content = {"masks": load_ticket(unit.ticket).masks.digest()}
+        if not path.exists():
+            write_json(path, content)
+        elif read_json(path, "the digest of a ticket's masks") != content:
+            raise ConfigError(
+                f"{path.parent} holds branches of a ticket with other masks than {unit.ticket}. Choose another folder "
+                "with --out."
+            )
 
     # --------------------------------------------------------------------- runs
 
@@ -177,6 +206,7 @@ class Analysis:
             raise ConfigError(
                 f"{unit.name} branches from {start}, which is not there: run seed{unit.seed}/trunk first."
             )
+        read_checkpoint(start)  # Lightning would run code that is in it
         ticket = [TrainTicket(Path(unit.ticket))] if unit.ticket else []
         keep = ModelCheckpoint(last.parent, "last", save_on_train_epoch_end=True, enable_version_counter=False)
         trainer = built.trainer(folder, [SGDNoise(self.noise(unit)), *ticket, keep])
@@ -188,6 +218,24 @@ class Analysis:
             header = {"unit": unit.name, "steps": trainer.global_step}
             write_tensors(folder / "end.safetensors", state, kind=_KIND, version=1, header=header)
             last.unlink(missing_ok=True)
+
+    def start(self, branch: Unit) -> dict[str, Tensor]:
+        """The state at which a branch begins: its trunk's, with the ticket's mask and weights for a sparse one."""
+        assert branch.at is not None
+        state = read_checkpoint(self._branch_points(branch.seed).path(branch.at))["state_dict"]
+        if not branch.ticket:
+            return state
+        model = self.build(branch.seed).model
+        model.load_state_dict(state)
+        load_ticket(branch.ticket).apply_(model)
+        return model.state_dict()
+
+    def share(self) -> Share:
+        """Which part of the analysis this process does."""
+        if processes() == 1:
+            return Share()
+        trainer = self.build(self.settings.seeds[0]).trainer(self.folder, [])
+        return share_of(trainer.num_devices * trainer.num_nodes)
 
     def build(self, seed: int) -> Built:
         """Model, data and Trainer of the recipe."""
@@ -216,7 +264,8 @@ def find_tickets(folders: Sequence[Path]) -> dict[int, list[tuple[int, str, str]
     """The tickets of finished runs, by the run's seed: (round, where its rewinding point is, path).
 
     Raises:
-        ConfigError: Runs without a seed, without tickets, of one seed, or whose tickets were not rewound.
+        ConfigError: Runs without a seed, without tickets, whose tickets were not rewound, or of one seed and one
+            rewinding point.
     """
     found: dict[int, list[tuple[int, str, str]]] = {}
     for folder in folders:
@@ -226,12 +275,17 @@ def find_tickets(folders: Sequence[Path]) -> dict[int, list[tuple[int, str, str]
             raise ConfigError(
                 f"{folder} has {'no tickets' if not paths else 'no seed'}; expected a run with TicketWriter."
             )
-        if record.seed in found:
-            raise ConfigError(f"{folder} has seed {record.seed}, as an earlier run; give runs that differ in seed.")
-        found[record.seed] = []
+        own = []
         for path in paths:
             info = load_ticket(path).info
             if info.get("rewound_to_step") is None:
                 raise ConfigError(f"{path} was not rewound, so no training starts from it; use runs with WeightRewind.")
-            found[record.seed].append((int(info["round"]), f"{info['rewound_to_step']}st", str(path.resolve())))
+            own.append((int(info["round"]), f"{info['rewound_to_step']}st", str(path.resolve())))
+        known = {(number, at) for number, at, _ in found.get(record.seed, [])}
+        if known & {(number, at) for number, at, _ in own}:
+            raise ConfigError(
+                f"{folder} has seed {record.seed} and rewound to {own[0][1]}, as an earlier run; give runs that differ "
+                "in one of them."
+            )
+        found.setdefault(record.seed, []).extend(own)
     return found

@@ -15,7 +15,7 @@ from lightning_prune.callbacks.enforce import MaskEnforcer
 from lightning_prune.callbacks.rewind import named_state
 from lightning_prune.checkpoint import load_ticket
 from lightning_prune.errors import ConfigError
-from lightning_prune.files import write_json
+from lightning_prune.files import read_json, write_json
 from lightning_prune.resume import ResumeState
 from lightning_prune.resume.generators import reseed
 from lightning_prune.times import TrainTime
@@ -62,7 +62,9 @@ class BranchPoints(Callback):
                 f"a branch at {point} (step {step}) has nothing to train: training is {total} steps long."
             )
         if trainer.is_global_zero:
-            write_json(self.dirpath / STEPS, self.steps)
+            path = self.dirpath / STEPS
+            earlier = read_json(path, "the steps of branch points") if path.exists() else {}
+            write_json(path, earlier | self.steps)
         self._write(trainer)
 
     def on_train_batch_end(

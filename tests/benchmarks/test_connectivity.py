@@ -28,21 +28,34 @@ def seconds(work: Callable[[], object]) -> float:
 
 @pytest.mark.bench
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_line_costs_little_more_than_its_evaluations(name: str) -> None:
+def test_thirty_points_cost_thirty_evaluations_and_five_per_cent(name: str) -> None:
+    """Once by turns with plain evaluations, once as the processor time outside the evaluations that a line makes."""
     net, ends, batches = prepared(name)
-    rate = ErrorRate(batches)
+    rate, inside = ErrorRate(batches), [0.0]
+
+    def timed(model: nn.Module) -> dict[str, float]:
+        begin = time.process_time()
+        found = rate(model)
+        inside[0] += time.process_time() - begin
+        return found
 
     def line() -> object:
-        return linear_mode_connectivity(net, *ends, rate, points=10)
+        return linear_mode_connectivity(net, *ends, timed)
 
     def plain() -> object:
-        return [rate(net) for _ in range(10)]
+        return [rate(net) for _ in range(30)]
 
-    plain()
-    pairs = [(seconds(plain), seconds(line)) for _ in range(3)]
-    ratio = sorted(b / a for a, b in pairs)[1]
-    print(f"{name}: 10 evaluations {min(a for a, _ in pairs):.2f} s, a line of 10 points {ratio:.3f} x")
-    assert ratio < 1.10  # 1.05 is meant; the rest is for a machine that others use
+    rate(net)
+    pairs, outside = [], []
+    for _ in range(3):
+        taken = seconds(plain)
+        inside[0], begin = 0.0, time.process_time()
+        pairs.append((taken, seconds(line)))
+        outside.append((time.process_time() - begin) / inside[0])
+    ratio, own = sorted(b / a for a, b in pairs)[1], sorted(outside)[1]
+    print(f"{name}: 30 evaluations {min(a for a, _ in pairs):.2f} s, a line {ratio:.3f} x by turns, {own:.3f} x inside")
+    assert own < 1.05
+    assert ratio < 1.15  # by the clock, on a machine that others use
 
 
 @pytest.mark.bench

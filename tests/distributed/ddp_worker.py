@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_prune import Budget, ChannelPruner, LRRewind
+from lightning_prune import Budget, ChannelPruner, CostProfiler, LRRewind, TicketWriter
 from tests._helpers.channels import Watch, wide_network, widths
 from tests._helpers.models import ToyModule, loaders, trainer
 
@@ -58,7 +60,11 @@ def run(folder: Path, job: str) -> dict[str, Any]:
     prune = kind(criterion, budgets, at, monitor="val_acc", verbose=False)
     watch, gradients = Watch(moving=False), Gradients()
     saver = ModelCheckpoint(folder / "ckpt", every_n_train_steps=4, save_top_k=-1)
-    callbacks = [prune, watch, gradients, saver] + ([LRRewind("0st")] if job in ("rewound", "resumed") else [])
+    callbacks = [prune, watch, gradients, saver] + ([LRRewind("0st")] if job in ("rewound", "resumed", "wandb") else [])
+    more: dict[str, Any] = {}
+    if job == "wandb":
+        callbacks += [TicketWriter(), CostProfiler(seconds=0.01, verbose=False)]
+        more["logger"] = WandbLogger(save_dir=folder, project="pruning", version="two", offline=True)
     strategy = DDPStrategy(process_group_backend="gloo", gradient_as_bucket_view=job == "equal")
     fitted = trainer(
         folder,
@@ -68,6 +74,7 @@ def run(folder: Path, job: str) -> dict[str, Any]:
         max_epochs=2,
         enable_checkpointing=True,
         use_distributed_sampler=False,
+        **more,
     )
     net = module(norm)
     found = sorted((folder / "ckpt").glob("*step=4-*.ckpt")) if job == "resumed" else []
@@ -80,6 +87,8 @@ def run(folder: Path, job: str) -> dict[str, Any]:
         fitted.fit(net, train, val, ckpt_path=found[0] if found else None)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
+    if job == "wandb":
+        wandb.finish()
     return {
         "widths": widths(net),
         "steps": [event.step for event in watch.events],

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune import load_compact, load_compact_checkpoint
+from lightning_prune import RunRecord, load_compact, load_compact_checkpoint
 from tests._helpers.channels import Watch, pruner, wide_network, widths
 from tests._helpers.models import ToyModule, loaders, trainer
+from tests._helpers.wandb_runs import read_runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,7 +27,7 @@ Found = dict[str, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Every fit of ``ddp_worker`` on two processes: what each of them saw."""
-    folder, jobs = tmp_path_factory.mktemp("ddp"), ("equal", "rewound", "resumed", "failing")
+    folder, jobs = tmp_path_factory.mktemp("ddp"), ("equal", "rewound", "resumed", "wandb", "failing")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     workers = []
@@ -85,6 +86,20 @@ def test_files_of_a_run_on_two_processes(found: Found) -> None:
     assert widths(loaded) == [8, 8, 3]
     for one, other in zip(loaded.parameters(), found["rewound"][0]["weights"], strict=True):
         assert one.numel() == len(other)
+
+
+def test_only_the_first_process_logs_to_wandb(found: Found) -> None:
+    first, second = found["wandb"]
+    assert first["weights"] == second["weights"] == found["rewound"][0]["weights"]  # to train, it makes no difference
+    folder = Path(first["folder"])
+    assert first["folder"] == second["folder"]
+    (stored,) = read_runs(folder.parents[1])
+    assert stored.run_id == folder.name == "two"
+    record = RunRecord.read(folder)
+    assert [row["trainer/global_step"] for row in stored.rows("prune/round")] == first["steps"]
+    assert len(stored.rows("prune/end/round")) == len(stored.tables("prune/layers")) == len(record.rounds) == 3
+    assert list(stored.logged_artifacts()) == ["compact-two:round-01", "compact-two:round-02", "compact-two:final"]
+    assert len(stored.rows("prune/report")) == 1
 
 
 def test_where_one_process_fails_all_stop(found: Found) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_prune import ConfigError, FileFormatError, MaskMismatchError, MaskSet, Ticket, TrainTime, save_ticket
 from lightning_prune.cli import main
 from lightning_prune.experiments import TensorLoader
-from lightning_prune.instability.analysis import Analysis, Settings, find_tickets
+from lightning_prune.instability.analysis import Analysis, Settings, Unit, find_tickets
 from lightning_prune.instability.branches import BranchPoints, SGDNoise, TrainTicket
 from lightning_prune.instability.recipe import Built, read_recipe
 
@@ -225,7 +225,8 @@ def times(folder: str) -> dict[Path, int]:
 
 def test_the_command_trains_measures_and_draws(recipe: Path, capsys: pytest.CaptureFixture) -> None:
     options = ["--out", "out", "--at", "0st,50%", "--seeds", "2", "--align"]
-    command(recipe, *options)
+    plane = ["--plane", "2"]
+    command(recipe, *options, *plane)
     found = lines("out")
     assert len(found) == 2 * 2 * 2 * 2  # seeds, points, BatchNorm, aligned or not
     assert {(line["at"], line["step"], line["end"]) for line in found} == {("0st", 0, 20), ("50%", 10, 20)}
@@ -237,6 +238,7 @@ def test_the_command_trains_measures_and_draws(recipe: Path, capsys: pytest.Capt
     assert {"lines.svg", "barrier-against-step.svg", "connectivity.md"} <= {p.name for p in Path("out").iterdir()}
     assert "| 10 | 100.00 % | recalibrate, aligned | 2 x 1 |" in Path("out/connectivity.md").read_text()
     assert "<svg" in Path("out/lines.svg").read_text()
+    check_planes(found)
 
     before = times("out")
     assert len(before) == 8
@@ -253,6 +255,19 @@ def test_the_command_trains_measures_and_draws(recipe: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         command(recipe, *options, "--trainer.max_epochs=3")
     assert "another overrides" in capsys.readouterr().err
+
+
+def check_planes(found: list[dict[str, Any]]) -> None:
+    """Two corners of a plane are the ends of the line, the third the network from which both branched."""
+    assert {path.name for path in Path("out").glob("plane-*.svg")} == {"plane-seed0-0st.svg", "plane-seed0-50pct.svg"}
+    for line in found:
+        if line["seed"] == 0 and line["batch_norm"] == "recalibrate" and not line["aligned"]:
+            place = line["at"].replace("%", "pct")
+            plane = json.loads(Path(f"out/seed0/{place}/plane0-1.json").read_text())
+            for split, errors in line["errors"].items():
+                a, b, start = plane["corners"][split]
+                assert (b, a) == (errors[0], errors[-1])
+                assert start > max(a, b)
 
 
 def test_copies_that_share_noise_have_no_barrier(recipe: Path) -> None:
@@ -298,8 +313,30 @@ def test_tickets_of_a_run_branch_at_their_rewinding_point(recipe: Path, capsys: 
     }  # fmt: skip
     assert {"lines.svg", "barrier-against-density.svg"} <= {path.name for path in Path("out").iterdir()}
 
+    ticket = Path(run, "tickets", "round-01.safetensors")
+    ticket.write_bytes(Path(run, "tickets", "round-02.safetensors").read_bytes())  # both are now of round 2
+    ticket.rename(ticket.with_name("round-02.safetensors"))
+    with pytest.raises(ConfigError, match="as an earlier run"):
+        find_tickets([Path(run), Path(run)])
+    settings = Settings([], [], [4], tickets={4: [(1, "3st", str(ticket.with_name("round-02.safetensors")))]})
+    with pytest.raises(ConfigError, match="holds branches of a ticket with other masks"):
+        Analysis(Path("out"), recipe, settings)
 
-def test_what_cannot_be_analysed_is_named(recipe: Path, tmp_path: Path) -> None:
+
+def test_tickets_of_one_seed_may_differ_in_their_rewinding_point(recipe: Path, tmp_path: Path) -> None:
+    for point in ("0st", "3st"):
+        content = yaml.safe_load(recipe.read_text())
+        content["trainer"]["callbacks"][0]["init_args"]["rounds"] = 1
+        for callback in content["trainer"]["callbacks"][1:3]:
+            callback["init_args"]["to"] = point
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+        main(["fit", "--config", str(tmp_path / "run.yaml"), "--seed_everything", "4"])
+    runs = [f"runs/imp/version_{number}" for number in (0, 1)]
+    command(recipe, "--out", "out", "--tickets", *runs, "--splits", "test", "--no-pictures")
+    assert {(line["seed"], line["step"], line["round"]) for line in lines("out")} == {(4, 0, 1), (4, 3, 1)}
+
+
+def test_what_cannot_be_analysed_is_named(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(FileFormatError, match="cannot be read as a recipe"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -312,6 +349,32 @@ def test_what_cannot_be_analysed_is_named(recipe: Path, tmp_path: Path) -> None:
         Analysis(tmp_path / "out", recipe, Settings([], ["soon"], [0]))
     with pytest.raises(FileFormatError, match="does not exist"):
         find_tickets([tmp_path])
+    for change, message in (
+        ({"points": 1}, "points=1"),
+        ({"splits": ["val"]}, "splits=val: choose from train and test"),
+        ({"calibration_batches": 0}, "calibration_batches=0"),
+        ({"seeds": []}, "seeds=0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Analysis(tmp_path / "out", recipe, Settings(**({"overrides": [], "at": [], "seeds": [0]} | change)))
+    with pytest.raises(SystemExit):
+        command(recipe, "--plane", "1")
+    assert "--plane 1: expected places in each direction" in capsys.readouterr().err
+
+
+def test_a_trunk_keeps_what_it_has_and_a_damaged_point_is_refused(recipe: Path, tmp_path: Path) -> None:
+    out, trunk = tmp_path / "out", Unit(0)
+    for at in (["0st"], ["2st"]):
+        Analysis(out, recipe, Settings([], at, [0])).run(trunk)
+    later = Analysis(out, recipe, Settings([], ["0st", "2st"], [0]))
+    assert later.is_done(trunk)
+    assert [later.step(Unit(0, at)) for at in ("0st", "2st")] == [0, 2]
+    point = out / "seed0" / "trunk" / "points" / "2st.ckpt"
+    content = bytearray(point.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    point.write_bytes(content)
+    with pytest.raises(FileFormatError, match=r"2st\.ckpt is damaged"):
+        later.run(Unit(0, "2st"))
 
 
 def test_callbacks_that_prune_or_stop_are_left_out(recipe: Path) -> None:

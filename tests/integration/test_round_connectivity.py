@@ -153,6 +153,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
     options |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
     with pytest.raises(ConfigError, match="RoundConnectivity acts at prune events"):
         pl.Trainer(callbacks=[RoundConnectivity()], **options).fit(Module(), loader, loader)
+    silent = type("Silent", (Module,), {"forward": pl.LightningModule.forward})
+    rounds: list[Callback] = [IterativeMagnitudePruner(verbose=False), WeightRewind(), RoundConnectivity()]
+    with pytest.raises(ConfigError, match=r"Silent has no forward\(\): define it, or give error="):
+        pl.Trainer(callbacks=rounds, **options).fit(silent(), loader, loader)
     pruner = ChannelPruner("l2", Budget(channels=0.5), at="50%")
     with pytest.raises(ConfigError, match="removes channels"):
         pl.Trainer(callbacks=[pruner, RoundConnectivity()], **options).fit(Module(), loader, loader)

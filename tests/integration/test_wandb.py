@@ -13,6 +13,7 @@ import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_prune import (
@@ -344,3 +345,10 @@ def test_other_loggers_need_no_callback(tmp_path: Path) -> None:
     fitted.fit(ToyModule(), *loaders())
     assert weights.events[0].scores == {}
     assert list(tmp_path.rglob(LEDGER)) == []
+
+
+def test_there_is_no_hook_between_events() -> None:
+    hooks = ["on_train_batch_start", "on_train_batch_end", "on_after_backward", "on_before_optimizer_step"]
+    hooks += ["on_train_epoch_start", "on_train_epoch_end", "on_validation_end", "on_before_zero_grad"]
+    assert not any(is_overridden(hook, WandbReporter(), parent=Callback) for hook in hooks)
+    assert is_overridden("on_train_start", WandbReporter(), parent=Callback)

@@ -5,17 +5,21 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 import yaml
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import IterativeMagnitudePruner, MaskSet, Ticket, experiments, prunable_parameters, save_ticket
 from lightning_prune.callbacks.remover import ChannelRemover
-from lightning_prune.cli import PruneCLI
+from lightning_prune.cli import PruneCLI, main
 from lightning_prune.experiments import LeNet300100
+from lightning_prune.record import RunRecord
+from tests._helpers.wandb_runs import read_runs
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+FRAGMENTS = sorted((ROOT / "recipes" / "loggers").glob("*.yaml"))
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in FRAGMENTS]
 
 
 class RandomImages(LightningDataModule):
@@ -50,6 +54,52 @@ def test_header_says_what_paper_command_and_result(path: Path) -> None:
     for part in ("What:", "Paper:", "Command:"):
         assert part in text, part
     assert f"recipes/{path.relative_to(ROOT / 'recipes').as_posix()}" in text
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda p: p.stem)
+def test_a_fragment_says_what_it_does_and_sets_nothing_but_the_logger(path: Path) -> None:
+    text = path.read_text()
+    assert "What:" in text
+    assert f"Command: lightning-prune fit --config recipes/quickstart.yaml --config recipes/loggers/{path.name}" in text
+    assert yaml.safe_load(text)["trainer"].keys() == {"logger"}
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers.*")
+@pytest.mark.filterwarnings("ignore:There is a wandb run already in progress")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_wandb_fragment_logs_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The command in its header, on less data: a run of its own each time, and the same id when resumed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lightning-prune"])
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def rounds(number: int) -> list[str]:
+        recipe = yaml.safe_load((ROOT / "recipes/quickstart.yaml").read_text())
+        recipe["trainer"]["callbacks"][0]["init_args"]["rounds"] = number
+        return ["fit", "--config", str(small_copy(recipe, tmp_path)), "--config", str(FRAGMENTS[0]), *options]
+
+    options = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "10", "--trainer.limit_val_batches", "2"]
+    options += ["--trainer.limit_test_batches", "2", "--trainer.enable_progress_bar", "false"]
+    for _ in range(2):
+        main([*rounds(1), "--test_after_fit", "false"])
+        wandb.finish()
+    first, second = read_runs(tmp_path / "runs" / "wandb")
+    assert first.run_id != second.run_id
+    for run in (first, second):
+        folder = tmp_path / "runs" / "lightning-prune" / run.run_id
+        assert (folder / "config.yaml").is_file()
+        assert [row["prune/round"] for row in run.rows("prune/round")] == [1]
+        assert list(run.logged_artifacts()) == [f"ticket-{run.run_id}:round-01"]
+    last = tmp_path / "runs" / "lightning-prune" / first.run_id / "checkpoints" / "last.ckpt"
+    main([*rounds(2), "--ckpt_path", str(last)])
+    wandb.finish()
+    resumed = [run for run in read_runs(tmp_path / "runs" / "wandb") if run.run_id == first.run_id]
+    assert len(resumed) == 2
+    assert [row["prune/round"] for row in resumed[1].rows("prune/round")] == [2]
+    assert len(RunRecord.read(last.parents[1]).rounds) == 3
+    assert f"runs/lightning-prune/{first.run_id}" in capsys.readouterr().out
 
 
 def small_copy(recipe: dict[str, Any], folder: Path) -> Path:

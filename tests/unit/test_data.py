@@ -410,6 +410,23 @@ def test_cifar_batches_are_normalised_and_only_training_is_augmented(tmp_path: P
     assert torch.isclose(second[0][:, 0], torch.tensor(corner), atol=1e-3).any()
 
 
+def test_cifar_images_shrink_to_means_of_squares(tmp_path: Path) -> None:
+    root = write_jpegs(tmp_path)
+    torch.manual_seed(0)
+    images = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    for file in sorted(root.rglob("0000.jpg")):
+        Image.fromarray(images.permute(1, 2, 0).numpy()).save(file, quality=95)
+    whole, small = (CIFAR10(root=root, val_size=2, shrink=by, augment=True) for by in (1, 2))
+    for full, shrunk in zip(whole.splits, small.splits, strict=True):
+        means = full.images.numpy().reshape(len(full.labels), 3, 16, 2, 16, 2).mean((3, 5))
+        np.testing.assert_array_equal(shrunk.images.numpy(), np.rint(means).astype(np.uint8))
+        assert torch.equal(shrunk.labels, full.labels)
+    assert next(iter(small.train_dataloader()))[0].shape == (4, 3, 16, 16)
+    for shrink in (0, 3, True, 2.0):
+        with pytest.raises(ConfigError, match=f"shrink={shrink!r}"):
+            CIFAR10(root=root, shrink=shrink)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_published_network_is_as_good_on_our_cifar_as_measured_elsewhere(data_root: Path) -> None:
