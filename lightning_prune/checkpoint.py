@@ -14,6 +14,7 @@ from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchErr
 from lightning_prune.files import read_tensors, write_tensors
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name
+from lightning_prune.sharding import any_sharded, collect, local, part_like, reshard
 
 KIND = "ticket"
 VERSION = 1
@@ -52,7 +53,8 @@ class Ticket:
         """Load the weights into ``module`` and prune it, both in place.
 
         Every parameter and every persistent buffer of the module must be in the ticket and nothing else; buffers that
-        are not persistent are loaded where the ticket has them. Values take the module's type and device.
+        are not persistent are loaded where the ticket has them. Values take the module's type and device. Of sharded
+        parameters each process loads its own part.
 
         Args:
             module: The network the ticket was written from, built anew; compiled or not.
@@ -63,6 +65,7 @@ class Ticket:
             MaskMismatchError: A ticket of another network. The module is unchanged.
             ConfigError: A lazy module that has not seen a batch yet.
         """
+        reshard(module)
         named = _named_tensors(module)
         parameters = {canonical_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
         wrong = _mis_shaped(self.masks, named, "mask")
@@ -81,14 +84,16 @@ class Ticket:
             )
         with torch.no_grad():
             for name, tensor in weights.items():
-                named[name].copy_(tensor)
+                local(named[name]).copy_(part_like(tensor, named[name]))
         self.masks.apply_(module)
 
 
 def save_ticket(path: str | Path, ticket: Ticket) -> None:
     """Write a ticket as one safetensors file, atomically: weights as they are, masks at one bit a weight.
 
-    Shared tensors are stored once. ``info["versions"]`` is added where it is missing.
+    Shared tensors are stored once. ``info["versions"]`` is added where it is missing. Of sharded tensors the whole is
+    written, by process 0, which needs room for it; every process must call this then. The file is the one that a single
+    process would have written.
 
     Raises:
         ConfigError: Two names that differ only in a compiler's prefix, or a tensor that safetensors cannot hold.
@@ -98,6 +103,9 @@ def save_ticket(path: str | Path, ticket: Ticket) -> None:
     if len(weights) != len(ticket.weights):
         raise ConfigError("the ticket holds a tensor twice, with and without the '_orig_mod.' of torch.compile.")
     masks = ticket.masks.state_dict()
+    sharded = ticket.masks.is_sharded or any_sharded(weights.values())
+    if sharded:
+        weights = {name: tensor for name, tensor in collect(weights) if tensor is not None}
     tensors = {_WEIGHT + name: tensor for name, tensor in weights.items()}
     tensors |= {_MASK + name: tensor for name, tensor in masks.pop("tensors").items()}
     header = {
@@ -105,7 +113,8 @@ def save_ticket(path: str | Path, ticket: Ticket) -> None:
         "digest": ticket.masks.digest(),
         "info": {"versions": package_versions()} | ticket.info,
     }
-    write_tensors(path, tensors, kind=KIND, version=VERSION, header=header)
+    if not sharded or torch.distributed.get_rank() == 0:
+        write_tensors(path, tensors, kind=KIND, version=VERSION, header=header)
 
 
 def load_ticket(path: str | Path) -> Ticket:

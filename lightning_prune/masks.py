@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_prune.errors import FileFormatError, MaskMismatchError, SelectionError
 from lightning_prune.files import pack_bits, read_tensors, unpack_bits, write_tensors
 from lightning_prune.prunable import canonical_name, close_names, prunable_parameters
+from lightning_prune.sharding import Layout, agree, any_sharded, collect, local, part_like, reshard, spread_like
 
 __all__ = ["MaskSet", "canonical_name", "prunable_parameters"]
 
@@ -25,6 +26,10 @@ class MaskSet(Mapping[str, Tensor]):
     order given and without the parts that ``torch.compile`` adds (:func:`canonical_name`), so that masks of a compiled
     module fit the plain one; look-ups take either spelling. Two sets are equal when names, masks and fills are,
     whatever the order.
+
+    Masks of sharded parameters (``DTensor``) are sharded as these are: each process holds its part, and counts,
+    digests, comparisons and files are of the whole. Each of these is a collective; counts and the digest are
+    remembered, so that one process alone may ask for them again.
 
     Args:
         masks: Boolean tensors by parameter name.
@@ -68,6 +73,8 @@ class MaskSet(Mapping[str, Tensor]):
                 )
             mask = self._masks[name]
             self._fills[name] = fill.detach().to(mask.device).masked_fill(mask, 0)
+        self._counts: dict[str, tuple[int, int]] | None = None
+        self._digest: str | None = None
 
     @classmethod
     def dense_like(cls, tensors: Mapping[str, Tensor]) -> "MaskSet":
@@ -97,6 +104,11 @@ class MaskSet(Mapping[str, Tensor]):
     # ------------------------------------------------------------------ counts
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only its part of some of the masks."""
+        return any_sharded(self._masks.values())
+
+    @property
     def kept(self) -> int:
         """Number of kept entries."""
         return sum(kept for kept, _ in self.kept_per_tensor().values())
@@ -120,21 +132,30 @@ class MaskSet(Mapping[str, Tensor]):
 
     def kept_per_tensor(self) -> dict[str, tuple[int, int]]:
         """Kept entries and all entries of each tensor, by name."""
-        return {name: (int(torch.count_nonzero(mask)), mask.numel()) for name, mask in self._masks.items()}
+        if self._counts is None:
+            if self.is_sharded:
+                counts = Layout.of(self._masks).count(self._masks)
+            else:
+                counts = {name: int(torch.count_nonzero(mask)) for name, mask in self._masks.items()}
+            self._counts = {name: (count, self._masks[name].numel()) for name, count in counts.items()}
+        return dict(self._counts)
 
     # ------------------------------------------------------------------ use
 
     def apply_(self, module: nn.Module) -> None:
         """Set the pruned entries of ``module``'s parameters, in place, to exactly 0 or to their fill.
 
-        Every parameter is checked before the first is written to. Only values change: no hooks, no new parameters.
+        Every parameter is checked before the first is written to. Only values change: no hooks, no new parameters. Of
+        sharded parameters each process sets its own part; the masks may be sharded alike, or whole.
 
         Args:
             module: A module with a parameter for every mask; compiled or plain.
 
         Raises:
             MaskMismatchError: A parameter is missing or has another shape.
+            SelectionError: Sharded masks, and parameters that are sharded in another way or not at all.
         """
+        reshard(module)
         found = {canonical_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
         for name, mask in self._masks.items():
             if name not in found:
@@ -149,11 +170,13 @@ class MaskSet(Mapping[str, Tensor]):
                 )
         with torch.no_grad():
             for name, mask in self._masks.items():
-                parameter = found[name]
-                pruned = mask.to(parameter.device).logical_not()
+                whole = found[name]
+                parameter = local(whole)
+                pruned = part_like(mask, whole).to(parameter.device).logical_not()
                 parameter.masked_fill_(pruned, 0)
                 if name in self._fills:
-                    parameter.copy_(torch.where(pruned, self._fills[name].to(parameter), parameter))
+                    fill = part_like(self._fills[name], whole)
+                    parameter.copy_(torch.where(pruned, fill.to(parameter), parameter))
 
     def to(self, device: torch.device | str) -> "MaskSet":
         """The same masks on ``device``."""
@@ -161,6 +184,22 @@ class MaskSet(Mapping[str, Tensor]):
             {name: mask.to(device) for name, mask in self._masks.items()},
             {name: fill.to(device) for name, fill in self._fills.items()},
         )
+
+    def placed_like(self, tensors: Mapping[str, Tensor]) -> "MaskSet":
+        """The same masks where ``tensors`` lie: on their devices, and of whole masks the parts of sharded ones.
+
+        Args:
+            tensors: One of the same shape for every mask, by name.
+        """
+
+        def place(own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            placed = {}
+            for name, tensor in own.items():
+                part = part_like(tensor, tensors[name]).to(local(tensors[name]).device)
+                placed[name] = spread_like(part, tensors[name])
+            return placed
+
+        return MaskSet(place(self._masks), place(self._fills))
 
     def __and__(self, other: "MaskSet") -> "MaskSet":
         """Keep what both keep. An entry pruned by both takes the left set's fill (or 0), else that of its pruner.
@@ -171,6 +210,8 @@ class MaskSet(Mapping[str, Tensor]):
         if not isinstance(other, MaskSet):
             return NotImplemented
         self._require_same_tensors(other)
+        if self.is_sharded:
+            other = other.placed_like(self._masks)
         masks, fills = {}, {}
         for name, mask in self._masks.items():
             masks[name] = mask & other._masks[name].to(mask.device)
@@ -190,12 +231,17 @@ class MaskSet(Mapping[str, Tensor]):
         if not isinstance(other, MaskSet):
             return NotImplemented
         self._require_same_tensors(other)
-        return all(not bool((mask & ~other._masks[name].to(mask.device)).any()) for name, mask in self._masks.items())
+        pairs = [(local(mask), part_like(other._masks[name], mask)) for name, mask in self._masks.items()]
+        nested = all(not bool((mask & ~outer.to(mask.device)).any()) for mask, outer in pairs)
+        return agree(nested) if self.is_sharded else nested
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MaskSet):
             return NotImplemented
-        return _equal(self._masks, other._masks) and _equal(self._fills, other._fills)
+        if other.is_sharded and not self.is_sharded:
+            return other == self
+        equal = _equal(self._masks, other._masks) and _equal(self._fills, other._fills)
+        return agree(equal) if self.is_sharded else equal
 
     __hash__ = None  # type: ignore[assignment]  # holds tensors
 
@@ -213,18 +259,32 @@ class MaskSet(Mapping[str, Tensor]):
     # ------------------------------------------------------------------ on disk
 
     def digest(self) -> str:
-        """SHA-256 (hexadecimal) over names, shapes, masks and fills. Equal sets have equal digests on every device."""
-        sha = hashlib.sha256()
-        tensors, header = self._pack()
-        sha.update(json.dumps(header, sort_keys=True).encode())
-        for name in sorted(tensors):
-            sha.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
+        """SHA-256 (hexadecimal) over names, shapes, masks and fills. Equal sets have equal digests on every device.
+
+        Sharded masks have the digest of the whole ones: their bits, one a weight, go to process 0.
+        """
+        if self._digest is None:
+            self._digest = self._compute_digest()
+        return self._digest
+
+    def _compute_digest(self) -> str:
+        sha = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        for _, tensor in self._packed(in_order=True):
+            if tensor is not None:
+                sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        found = [sha.hexdigest()]
+        if self.is_sharded:
+            torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
 
     def save(self, path: str | Path) -> None:
-        """Write the masks to ``path``, one bit an entry, atomically: after an error the earlier file is intact."""
-        tensors, header = self._pack()
-        write_tensors(path, tensors, kind="masks", version=_VERSION, header=header)
+        """Write the masks to ``path``, one bit an entry, atomically: after an error the earlier file is intact.
+
+        Of sharded masks process 0 writes the whole.
+        """
+        state = self.state_dict()
+        if not self.is_sharded or torch.distributed.get_rank() == 0:
+            write_tensors(path, state["tensors"], kind="masks", version=_VERSION, header=state["header"])
 
     @classmethod
     def load(cls, path: str | Path) -> "MaskSet":
@@ -239,10 +299,11 @@ class MaskSet(Mapping[str, Tensor]):
     def state_dict(self) -> dict[str, Any]:
         """The masks, one bit an entry, as plain dicts, lists, strings, numbers and CPU tensors.
 
-        ``torch.load(weights_only=True)`` reads it back.
+        ``torch.load(weights_only=True)`` reads it back. Of sharded masks process 0 gets the whole, and the others a
+        state without tensors, as torch's full state dicts do.
         """
-        tensors, header = self._pack()
-        return {"version": _VERSION, "header": header, "tensors": tensors}
+        tensors = {name: tensor for name, tensor in self._packed() if tensor is not None}
+        return {"version": _VERSION, "header": self._header(), "tensors": tensors}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "MaskSet":
@@ -261,11 +322,21 @@ class MaskSet(Mapping[str, Tensor]):
             )
         return cls._unpack(state["tensors"], state.get("header"), "the masks' state")
 
-    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"mask:{name}": pack_bits(mask).cpu() for name, mask in self._masks.items()}
-        tensors.update({f"fill:{name}": fill.contiguous().cpu() for name, fill in self._fills.items()})
+    def _header(self) -> dict[str, Any]:
         shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
-        return tensors, {"shapes": shapes, "fills": {name: str(fill.dtype) for name, fill in self._fills.items()}}
+        return {"shapes": shapes, "fills": {name: str(fill.dtype) for name, fill in self._fills.items()}}
+
+    def _packed(self, in_order: bool = False) -> Iterator[tuple[str, Tensor | None]]:
+        """Tensors of the file, one after the other; of sharded masks on process 0, ``None`` elsewhere."""
+        own = {f"mask:{name}": mask for name, mask in self._masks.items()}
+        own |= {f"fill:{name}": fill for name, fill in self._fills.items()}
+        if in_order:
+            own = {name: own[name] for name in sorted(own)}
+        whole: Iterable[tuple[str, Tensor | None]] = collect(own) if self.is_sharded else own.items()
+        for name, tensor in whole:
+            if tensor is not None:
+                tensor = (pack_bits(tensor) if name.startswith("mask:") else tensor.contiguous()).cpu()
+            yield name, tensor
 
     @classmethod
     def _unpack(cls, tensors: Mapping[str, Tensor], header: Any, where: str) -> "MaskSet":
@@ -295,4 +366,7 @@ def _unpack_mask(packed: Any, shape: Any, name: str, where: str) -> Tensor:
 
 
 def _equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(t, right[name].to(t.device)) for name, t in left.items())
+    if left.keys() != right.keys() or any(tensor.shape != right[name].shape for name, tensor in left.items()):
+        return False
+    pairs = [(local(tensor), part_like(right[name], tensor)) for name, tensor in left.items()]
+    return all(torch.equal(one, other.to(one.device)) for one, other in pairs)

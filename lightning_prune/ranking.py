@@ -15,17 +15,36 @@ from torch import Tensor
 from lightning_prune.errors import SelectionError
 
 _PIECE = 2**20  # entries; small enough to stay in a cache between operations, large enough to make their overhead small
-_BUCKETS = 2**16
+BUCKETS = 2**16
 
 
 @dataclass(frozen=True)
-class _Bracket:
+class Bracket:
     """The ``inside`` scores whose bits from ``shift`` up are ``prefix``; ``below`` others are lower."""
 
     prefix: int
     shift: int
     below: int
     inside: int
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Scores within a bracket, in one piece of a tensor.
+
+    Args:
+        name: The tensor.
+        start: Where the piece begins, in the order in which the tensor lies in memory.
+        mask: The piece of its mask.
+        index: Positions in the piece.
+        values: Scores there, on the CPU.
+    """
+
+    name: str
+    start: int
+    mask: Tensor
+    index: Tensor
+    values: Tensor
 
 
 class Pool:
@@ -66,11 +85,10 @@ class Pool:
         masks, found = self._split(low, high)
         bound, above = low, 0
         if found:
-            values = torch.cat([values for _, _, values in found])
+            values = torch.cat([part.values for part in found])
             bound = values.kthvalue(remove - bracket.below).values.item()
             above = int(torch.count_nonzero(values > bound))
-            for mask, index, values in found:
-                mask[index[(values > bound).to(index.device)]] = True
+            keep_above(found, bound)
         self._keep_first_equals(masks, bound, bracket.inside - (remove - bracket.below) - above)
         return masks
 
@@ -89,38 +107,37 @@ class Pool:
 
     # ------------------------------------------------------------------ the bracket
 
-    def _bracket(self, n: int, counts: Tensor) -> _Bracket:
+    def _bracket(self, n: int, counts: Tensor) -> Bracket:
         """A narrow bracket around the ``n``-th smallest score, counted from 1; ``counts`` of the highest bits."""
-        few = max(_BUCKETS, int(counts.sum()) // 16)
-        prefix: int | None = None
-        below = 0
-        for shift in range(self._bits - 16, -1, -16):
-            if prefix is not None:
-                counts = self._count_inside(prefix, shift)
-            order = self._ascending(prefix)
-            reached = counts[order].cumsum(0)
-            place = int(torch.searchsorted(reached, n - below))
-            below += int(reached[place - 1]) if place else 0
-            bucket = int(order[place])
-            if prefix is None:  # the first of these bits is the sign
-                prefix = bucket - _BUCKETS if bucket >= _BUCKETS // 2 else bucket
-            else:
-                prefix = prefix * _BUCKETS + bucket
-            bracket = _Bracket(prefix, shift, below, int(counts[bucket]))
-            if bracket.inside <= few:
-                break
+        few = max(BUCKETS, int(counts.sum()) // 16)
+        bracket = self._narrow(n, None, counts)
+        while bracket.inside > few and bracket.shift:
+            bracket = self._narrow(n, bracket, self._count_inside(bracket.prefix, bracket.shift - 16))
         return bracket
+
+    def _narrow(self, n: int, outer: Bracket | None, counts: Tensor) -> Bracket:
+        """The bracket around the ``n``-th smallest score by sixteen more bits, of which ``counts`` are."""
+        order = self._ascending(None if outer is None else outer.prefix)
+        below = 0 if outer is None else outer.below
+        reached = counts[order].cumsum(0)
+        place = int(torch.searchsorted(reached, n - below))
+        below += int(reached[place - 1]) if place else 0
+        bucket = int(order[place])
+        inside = int(counts[bucket])
+        if outer is None:  # the first of these bits is the sign
+            return Bracket(bucket - BUCKETS if bucket >= BUCKETS // 2 else bucket, self._bits - 16, below, inside)
+        return Bracket(outer.prefix * BUCKETS + bucket, outer.shift - 16, below, inside)
 
     def _ascending(self, prefix: int | None) -> Tensor:
         """The buckets from the lowest scores to the highest; ``prefix`` holds the bits above, if any."""
-        upwards = torch.arange(_BUCKETS)
+        upwards = torch.arange(BUCKETS)
         is_float = self._dtype.is_floating_point
         if prefix is None:
             positive, negative = upwards.chunk(2)
             return torch.cat([negative.flip(0) if is_float else negative, positive])
         return upwards.flip(0) if is_float and prefix < 0 else upwards
 
-    def _bounds(self, bracket: _Bracket) -> tuple[float | int, float | int]:
+    def _bounds(self, bracket: Bracket) -> tuple[float | int, float | int]:
         """The lowest and the highest score that a bracket can hold."""
         first, last = bracket.prefix << bracket.shift, ((bracket.prefix + 1) << bracket.shift) - 1
         if not self._dtype.is_floating_point:
@@ -134,71 +151,80 @@ class Pool:
 
     def _count_highest(self) -> Tensor:
         """How many scores have each value of the sixteen highest bits."""
-        total = torch.zeros(_BUCKETS, dtype=torch.int64)
+        total = torch.zeros(BUCKETS, dtype=torch.int64)
         for name in self._names:
-            score, within = self._read(name)
-            here = torch.zeros(_BUCKETS, dtype=torch.int64, device=score.device)
-            for values, kept in self._pieces(score, within):
-                buckets = (values.view(self._word) >> (self._bits - 16)).bitwise_and_(_BUCKETS - 1)
-                if kept is not None:
-                    buckets.mul_(kept.to(self._word))
-                here += torch.bincount(buckets, minlength=_BUCKETS)
-            if within is not None:
-                here[0] -= torch.count_nonzero(~within)
-            total += self._without_nan(name, here.cpu())
-        if self._dtype.is_floating_point and not self._negative_zero and bool(total[_BUCKETS // 2]):
-            self._negative_zero = True  # perhaps; it equals 0, so it must be counted with it
+            counts = self._count_of(name)
+            nan = self._count_nan(name, counts)
+            if nan:
+                raise nan_error(name, nan, self._scores[name].numel())
+            total += counts
+        if self._must_count_anew(total):
             return self._count_highest()
         return total
 
+    def _count_of(self, name: str) -> Tensor:
+        score, within = self._read(name)
+        here = torch.zeros(BUCKETS, dtype=torch.int64, device=score.device)
+        for values, kept in self._pieces(score, within):
+            buckets = (values.view(self._word) >> (self._bits - 16)).bitwise_and_(BUCKETS - 1)
+            if kept is not None:
+                buckets.mul_(kept.to(self._word))
+            here += torch.bincount(buckets, minlength=BUCKETS)
+        if within is not None:
+            here[0] -= torch.count_nonzero(~within)
+        return here.cpu()
+
+    def _must_count_anew(self, total: Tensor) -> bool:
+        """Whether there may be a -0: it equals 0, so from now on it is counted with it."""
+        if self._dtype.is_floating_point and not self._negative_zero and bool(total[BUCKETS // 2]):
+            self._negative_zero = True
+            return True
+        return False
+
     def _count_inside(self, prefix: int, shift: int) -> Tensor:
+        return self._count_inside_of(self._names, prefix, shift)
+
+    def _count_inside_of(self, names: Sequence[str], prefix: int, shift: int) -> Tensor:
         """How many scores whose bits above ``shift + 16`` are ``prefix`` have each value of the next sixteen bits."""
-        total = torch.zeros(_BUCKETS, dtype=torch.int64)
-        for name in self._names:
+        total = torch.zeros(BUCKETS, dtype=torch.int64)
+        for name in names:
             for values, kept in self._pieces(*self._read(name)):
                 words = values.view(self._word)
                 inside = (words >> (shift + 16)) == prefix
                 if kept is not None:
                     inside.logical_and_(kept)
-                buckets = (words[inside] >> shift).bitwise_and_(_BUCKETS - 1)
-                total += torch.bincount(buckets, minlength=_BUCKETS).cpu()
+                buckets = (words[inside] >> shift).bitwise_and_(BUCKETS - 1)
+                total += torch.bincount(buckets, minlength=BUCKETS).cpu()
         return total
 
-    def _without_nan(self, name: str, counts: Tensor) -> Tensor:
+    def _count_nan(self, name: str, counts: Tensor) -> int:
+        """How many scores of a tensor are NaN; looked at only where ``counts`` leave it open."""
         first = 0x7F80 if self._bits == 32 else 0x7FF0  # all exponent bits set: infinities and NaN
-        if self._dtype.is_floating_point and bool(counts.view(2, -1)[:, first:].any()):
-            score, within = self._read(name)
-            found = score.isnan() if within is None else score.isnan() & within
-            if bool(found.any()):
-                raise SelectionError(
-                    f"the scores of {name!r} hold {int(found.sum())} NaN among {score.numel()} entries, so nothing can "
-                    "be selected; look for a loss or a learning rate that made the weights diverge."
-                )
-        return counts
+        if not self._dtype.is_floating_point or not bool(counts.view(2, -1)[:, first:].any()):
+            return 0
+        score, within = self._read(name)
+        return int(torch.count_nonzero(score.isnan() if within is None else score.isnan() & within))
 
     # ------------------------------------------------------------------ the masks
 
-    def _split(
-        self, low: float | int, high: float | int
-    ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor, Tensor]]]:
-        """Masks that keep what lies above ``high``, and what lies from ``low`` to ``high`` where the two differ.
-
-        The latter as, for each piece, the mask's flat view, positions in it, and scores there (on the CPU).
-        """
+    def _split(self, low: float | int, high: float | int) -> tuple[dict[str, Tensor], list[Inside]]:
+        """Masks that keep what lies above ``high``, and what lies from ``low`` to ``high`` where the two differ."""
         masks: dict[str, Tensor] = {}
         found = []
         for name in self._names:
             score, within = self._read(name)
             masks[name] = torch.empty_like(score, dtype=torch.bool)
-            for (values, kept), mask in zip(self._pieces(score, within), _flat_pieces(masks[name]), strict=True):
+            start = 0
+            for (values, kept), mask in zip(self._pieces(score, within), flat_pieces(masks[name]), strict=True):
                 # On a CPU a comparison that gives floats is vectorised; one that gives booleans takes far longer.
                 mask.copy_(torch.gt(values, high, out=torch.empty_like(values)))
                 if low < high:
                     inside = torch.ge(values, low, out=torch.empty_like(values)).to(torch.bool).logical_xor_(mask)
                     index = _positions(inside if kept is None else inside.logical_and_(kept))
-                    found.append((mask, index, values[index].cpu()))
+                    found.append(Inside(name, start, mask, index, values[index].cpu()))
                 if kept is not None:
                     mask.logical_and_(kept)
+                start += len(mask)
         return masks, found
 
     def _keep_first_equals(self, masks: Mapping[str, Tensor], bound: float | int, keep: int) -> None:
@@ -226,7 +252,7 @@ class Pool:
     def _read(self, name: str) -> tuple[Tensor, Tensor | None]:
         """The scores of one tensor and which of them take part, both in one memory layout without gaps."""
         score = self._scores[name].detach()
-        if not score.permute(_by_stride(score)).is_contiguous():
+        if not score.permute(by_stride(score)).is_contiguous():
             score = score.contiguous()
         within = self._within.get(name)
         if within is not None and (within.stride() != score.stride() or within.device != score.device):
@@ -235,19 +261,34 @@ class Pool:
 
     def _pieces(self, score: Tensor, within: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Flat pieces of what :meth:`_read` gave: the scores in the common type, and which of them take part."""
-        kept: Iterator[Tensor | None] = iter(()) if within is None else _flat_pieces(within)
-        for values in _flat_pieces(score):
+        kept: Iterator[Tensor | None] = iter(()) if within is None else flat_pieces(within)
+        for values in flat_pieces(score):
             values = values.to(self._dtype)
             yield (values + 0.0 if self._negative_zero else values), next(kept, None)
 
 
-def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
+def keep_above(found: Sequence[Inside], bound: float | int) -> None:
+    """Also keep what is found above ``bound``, in the masks themselves."""
+    for part in found:
+        part.mask[part.index[(part.values > bound).to(part.index.device)]] = True
+
+
+def nan_error(name: str, nan: int, total: int) -> SelectionError:
+    """What to say of scores that are NaN."""
+    return SelectionError(
+        f"the scores of {name!r} hold {nan} NaN among {total} entries, so nothing can be selected; look for a loss or "
+        "a learning rate that made the weights diverge."
+    )
+
+
+def flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """Views of a tensor's entries in the order in which they lie in memory; whole where there is no cache to mind."""
-    flat = tensor.permute(_by_stride(tensor)).view(-1)
+    flat = tensor.permute(by_stride(tensor)).view(-1)
     return iter(flat.split(_PIECE) if tensor.device.type == "cpu" else (flat,))
 
 
-def _by_stride(tensor: Tensor) -> list[int]:
+def by_stride(tensor: Tensor) -> list[int]:
+    """The axes of a tensor, from the one with the longest stride to the one with the shortest."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 

@@ -15,7 +15,8 @@ PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
     {"errors", "times", "files", "environment", "progress"}
-    | {"prunable", "running", "wrappers", "counting", "ranking", "patterns"},
+    | {"prunable", "running", "wrappers", "counting", "ranking", "patterns"}
+    | {"sharding", "sharded_ranking"},
     {"masks", "scores", "actions", "selection", "record", "costs"},
     {"channels"},
     {"acceleration", "compressed", "connectivity", "checkpoint", "compact_files", "export"},
