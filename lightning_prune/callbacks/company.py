@@ -6,11 +6,13 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.errors import ConfigError, PruneError
+from lightning_prune.masks import MaskSet
+from lightning_prune.sharding import box_of, local
 from lightning_prune.times import TrainTime
 
 Result = TypeVar("Result")
@@ -59,11 +61,33 @@ def require_whole_network(trainer: pl.Trainer, consequence: str) -> None:
     Raises:
         ConfigError: Neither one device nor DDP.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+    if not _holds_whole_network(trainer):
         raise ConfigError(
             f"{type(trainer.strategy).__name__} holds parameters in a form of its own, {consequence}. Use "
             "strategy='auto' on one device, or 'ddp'."
         )
+
+
+def require_known_parts(trainer: pl.Trainer, consequence: str) -> None:
+    """Refuse strategies under which nobody can tell which part of a parameter a process holds.
+
+    Args:
+        trainer: The trainer.
+        consequence: What then does not work: ``"so ..."``.
+
+    Raises:
+        ConfigError: Neither one device, nor DDP, nor FSDP2 or tensor parallelism.
+    """
+    if not _holds_whole_network(trainer) and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ConfigError(
+            f"{type(trainer.strategy).__name__} holds parameters in a form of its own, {consequence}. Use "
+            "strategy='auto' on one device, 'ddp', or ModelParallelStrategy (FSDP2, tensor parallelism)."
+        )
+
+
+def _holds_whole_network(trainer: pl.Trainer) -> bool:
+    strategy = trainer.strategy  # DeepSpeed's is a DDPStrategy by name only
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
 
 
 def describe_company(trainer: pl.Trainer) -> dict[str, Any]:
@@ -102,15 +126,43 @@ def compare_ranks(digest: str, what: str = "masks") -> None:
     Raises:
         PruneError: They differ.
     """
-    if not _distributed():
-        return
-    digests: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(digests, digest)
+    digests = everyones(digest)
     if len(set(digests)) > 1:
         raise PruneError(
             f"processes chose different {what} (digests {', '.join(d[:8] for d in digests)}): their weights have "
             "drifted apart. Check that the module draws no process's own random numbers into its weights."
         )
+
+
+def compare_masks(masks: MaskSet) -> None:
+    """See that all processes go on with the same masks; of sharded ones, those that hold the same part.
+
+    Raises:
+        PruneError: They differ.
+    """
+    if not masks.is_sharded:
+        compare_ranks(masks.digest())
+        return
+    own = {(name, box_of(mask)): MaskSet({name: local(mask)}).digest() for name, mask in masks.items()}
+    found: dict[Any, set[str]] = {}
+    for held in everyones(own):
+        for part, digest in held.items():
+            found.setdefault(part, set()).add(digest[:8])
+    for (name, _), digests in found.items():
+        if len(digests) > 1:
+            raise PruneError(
+                f"processes that hold the same part of {name!r} chose different masks (digests "
+                f"{', '.join(sorted(digests))}): their weights have drifted apart."
+            )
+
+
+def everyones(value: Any) -> list[Any]:
+    """A value of each process, in the order of ranks; of the only one where there is no other."""
+    if not _distributed():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def together(function: Callable[[], Result]) -> Result:
@@ -124,12 +176,10 @@ def together(function: Callable[[], Result]) -> Result:
         result = function()
     except Exception as error:
         failure = error
-    if _distributed():
-        messages: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(messages, None if failure is None else str(failure))
-        failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
-        if failed and failure is None:
-            raise PruneError(f"process {failed[0][0]} failed: {failed[0][1]}")
+    messages = everyones(None if failure is None else str(failure))
+    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if failed and failure is None:
+        raise PruneError(f"process {failed[0][0]} failed: {failed[0][1]}")
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]

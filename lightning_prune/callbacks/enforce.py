@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.masks import MaskSet
+from lightning_prune.sharding import local, part_like
 
 # With a zero gradient, zero state and a zero weight these leave the weight at zero, so the weights need no pass.
 _LEAVE_ZEROS_ALONE = (
@@ -49,7 +50,10 @@ def bits_like(mask: Tensor, tensor: Tensor) -> Tensor:
 
 
 class MaskEnforcer:
-    """Holds the masks of a module's parameters on their device and applies them to gradients, weights and state."""
+    """Holds the masks of a module's parameters on their device and applies them to gradients, weights and state.
+
+    Of sharded parameters each process holds and masks its own part.
+    """
 
     def __init__(self) -> None:
         self._parameters: dict[str, nn.Parameter] = {}
@@ -95,9 +99,11 @@ class MaskEnforcer:
             resumed: They come from a checkpoint, and with them an optimizer state that was cleared already.
         """
         self._bits = {}
-        for name, mask in masks.items():
-            if not bool(mask.all()):  # a tensor that lost nothing costs nothing
-                self._bits[name] = bits_like(mask, self._parameters[name])
+        for name, (kept, total) in masks.kept_per_tensor().items():
+            if kept < total:  # a tensor that lost nothing costs nothing
+                mask = masks[name]
+                parameter = self._parameters[name]
+                self._bits[name] = bits_like(part_like(mask, parameter), local(parameter))
         self.mask_weights()
         self.mask_gradients()
         self._gradients_masked = False
@@ -111,13 +117,13 @@ class MaskEnforcer:
         for name, bits in self._bits.items():
             grad = self._parameters[name].grad
             if grad is not None:
-                _zero_any(grad, bits)
+                _zero_any(local(grad), bits)
         self._gradients_masked = True
 
     def mask_weights(self) -> None:
         """Zero the pruned entries themselves."""
         for name, bits in self._bits.items():
-            _zero_any(self._parameters[name], bits)
+            _zero_any(local(self._parameters[name]), bits)
 
     def mask_optimizer_state(self) -> None:
         """Clear what optimizers remember of pruned entries: 0, and 1 where it divides that 0.
@@ -132,9 +138,10 @@ class MaskEnforcer:
                 parameter = self._parameters[name]
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        _zero_any(value, bits)
+                        part = local(value)
+                        _zero_any(part, bits)
                         if key in _DIVISORS and type(optimizer) in _LEAVE_ZEROS_ALONE:
-                            value.masked_fill_(bits == 0, 1)
+                            part.masked_fill_(bits == 0, 1)
 
     def _before_step(self, *_: object) -> None:
         if not self._gradients_masked:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.callbacks.company import (
-    compare_ranks,
+    compare_masks,
     gradients_may_change,
-    require_whole_network,
+    require_known_parts,
     rewinding_point,
 )
 from lightning_prune.callbacks.enforce import MaskEnforcer
@@ -25,6 +25,7 @@ from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import close_names, matching, prunable_parameters, untouched_parameters
 from lightning_prune.scores import MagnitudeScores, score_quantiles, score_weights
 from lightning_prune.selection import select
+from lightning_prune.sharding import any_sharded, part_like, reshard, spread_like
 
 CONTROLS = (None, "random_pruning")
 
@@ -69,6 +70,10 @@ class IterativeMagnitudePruner(RoundPruner):
         dirpath: Folder of ``record.json`` and ``rounds.csv``. Default: the run folder; without a logger none.
         seed: Seeds the random control.
         verbose: Print one line after each round.
+
+    Sharded parameters (``ModelParallelStrategy``: FSDP2, tensor parallelism, or both) are pruned where they lie, with
+    the masks that one process would choose: only counts travel at a cut (:func:`select`). Each process masks its own
+    part; the bits, one a weight, go to process 0 for the digest, the checkpoint and the ticket.
 
     State saved: masks (1 bit a weight), position, record, generators and data position.
 
@@ -133,12 +138,13 @@ class IterativeMagnitudePruner(RoundPruner):
 
     def make_schedule(self, trainer: pl.Trainer) -> RoundSchedule:
         """Every round is a training of full length, from the rewinding point on."""
-        require_whole_network(trainer, "among parts of which no global selection is made yet")
+        require_known_parts(trainer, "among which no global selection can be made")
         self.masks = None
         return RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer))
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what to prune; masks keep everything at first."""
+        reshard(pl_module)
         self._parameters = prunable_parameters(pl_module, exclude=self.exclude, include=self.include)
         self._frozen = untouched_parameters(pl_module, self._parameters, self.exclude)
         for pattern in self.rates:
@@ -150,7 +156,7 @@ class IterativeMagnitudePruner(RoundPruner):
             manual=not pl_module.automatic_optimization,
         )
         if self._loaded is None:
-            self.masks = MaskSet({name: torch.ones_like(p, dtype=torch.bool) for name, p in self._parameters.items()})
+            self.masks = MaskSet.dense_like(self._parameters)
         else:
             self._check_masks_fit()
 
@@ -170,19 +176,23 @@ class IterativeMagnitudePruner(RoundPruner):
         super().on_train_start(trainer, pl_module)
         if self._loaded is not None:
             assert self.masks is not None
-            self._enforcer.set_masks(self.masks.to(pl_module.device), resumed=True)
-            self.masks = self.masks.to(pl_module.device)
+            self._check_masks_fit()  # a strategy may load a checkpoint only after begin()
+            reshard(pl_module)
+            self.masks = self.masks.placed_like(self._parameters)
+            self._enforcer.set_masks(self.masks, resumed=True)
 
     def decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MaskSet:
         """Select what stays."""
         assert self.masks is not None
+        reshard(pl_module)  # what is written to shards from here on must be seen by the next forward pass
         masks = self._choose(self.masks, self._running.round + 1)
-        compare_ranks(masks.digest())
+        compare_masks(masks)
+        masks.digest()  # a collective where masks are sharded; from now on every process knows it, and the counts
         return masks
 
     def quantiles(self) -> dict[str, tuple[float, ...]]:
-        """Of the magnitudes of what is left; none where masks are another run's."""
-        if self.masks_from is not None or self.masks is None:
+        """Of the magnitudes of what is left; none where masks are another run's, or sharded."""
+        if self.masks_from is not None or self.masks is None or self.masks.is_sharded:
             return {}
         scores = MagnitudeScores(self._parameters)
         return {name: score_quantiles(scores[name], mask) for name, mask in self.masks.items()}
@@ -227,29 +237,34 @@ class IterativeMagnitudePruner(RoundPruner):
             counting=self.counting,
         )
         if self.control == "random_pruning":
-            generator = torch.Generator().manual_seed(self.seed * 1000 + round)
-            scores: dict[str, Tensor] = {
-                name: score_weights("random", None, p.detach().cpu(), generator=generator)
-                for name, p in self._parameters.items()
-            }
-            remove = {name: int(before[name].sum() - masks[name].sum()) for name in masks}
-            masks = select(scores, remove=remove, scope="layer", within=before.to("cpu")).to(
-                next(iter(before.values())).device
-            )
+            kept, now = before.kept_per_tensor(), masks.kept_per_tensor()
+            remove = {name: kept[name][0] - now[name][0] for name in masks}
+            scores = self._random_scores(round)
+            on_cpu = before if any_sharded(scores.values()) else before.to("cpu")
+            masks = select(scores, remove=remove, scope="layer", within=on_cpu).placed_like(self._parameters)
         return masks
+
+    def _random_scores(self, round: int) -> dict[str, Tensor]:  # noqa: A002
+        """The same on any number of processes: each draws the whole of one tensor at a time, and keeps its part."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + round)
+        scores = {}
+        for name, parameter in self._parameters.items():
+            whole = score_weights("random", None, torch.empty(parameter.shape), generator=generator)
+            scores[name] = spread_like(part_like(whole, parameter).clone(), parameter)
+        return scores
 
     def _masks_of_ticket(self, before: MaskSet, round: int) -> MaskSet:  # noqa: A002
         assert self.masks_from is not None
         path = self.masks_from / f"round-{round:02d}.safetensors"
         if not path.exists() and (self.masks_from / "tickets").is_dir():
             path = self.masks_from / "tickets" / path.name
-        masks = load_ticket(path).masks.to(next(iter(before.values())).device)
+        masks = load_ticket(path).masks
         if {n: m.shape for n, m in masks.items()} != {n: m.shape for n, m in before.items()}:
             raise MaskMismatchError(
                 f"{path} holds masks of another network: {', '.join(sorted(masks))}; "
                 f"expected {', '.join(sorted(before))}."
             )
-        return masks
+        return masks.placed_like(before)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Zero the gradients of pruned entries."""

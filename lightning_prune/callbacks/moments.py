@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import lightning.pytorch as pl
 
+from lightning_prune.callbacks.company import everyones
 from lightning_prune.errors import ConfigError
 from lightning_prune.times import TrainTime
 
@@ -26,6 +27,27 @@ class Length:
     steps_per_epoch: int | None
     automatic: bool
     text: str
+
+
+def check_same_length(batches: float) -> None:
+    """See that all processes have the same number of batches in an epoch.
+
+    Lightning's loop exchanges a message at every batch, so a process with more of them would wait for ever, also within
+    torch's ``Join``.
+
+    Args:
+        batches: Of this process.
+
+    Raises:
+        ConfigError: They have not.
+    """
+    numbers = everyones(batches)
+    if len(set(numbers)) > 1:
+        raise ConfigError(
+            f"the processes have different numbers of batches in an epoch ({', '.join(map(str, numbers))}), and the "
+            "longest would wait for the others for ever. Use a DistributedSampler, which evens the data out, or set "
+            "Trainer(limit_train_batches=...) to the least."
+        )
 
 
 def place(end: TrainTime, total_steps: int, steps_per_epoch: int | None) -> tuple[int | None, int | None]:

@@ -140,9 +140,16 @@ class RoundPruner(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a file with changed bytes, which torch loads without a word."""
-        if trainer.ckpt_path and Path(trainer.ckpt_path).is_file():
-            check_archive(trainer.ckpt_path)
+        """Refuse a file with changed bytes, which torch loads without a word.
+
+        Of a folder to which every process has added its part, this is the file that rank 0 has written.
+        """
+        if not trainer.ckpt_path:
+            return
+        path = Path(trainer.ckpt_path)
+        file = path / "meta.pt" if path.is_dir() else path
+        if file.is_file():
+            check_archive(file)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what to prune, read the length of one training, raise the limit to hold all rounds."""
@@ -153,11 +160,16 @@ class RoundPruner(Callback):
                 check_schedule_length(trainer, schedule.total_steps, schedule.epochs)
         schedule.check_frequencies(trainer)
         self.begin(trainer, pl_module)
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._start_record(trainer)
+
+    def _start_record(self, trainer: pl.Trainer) -> None:
+        """When it is known whether this run was resumed: some strategies load a checkpoint after ``on_fit_start``."""
         own = {"rounds": self.rounds} | self.hyper_parameters()
         method = {type(self).__name__: own} | describe_company(trainer)
-        task = describe_task(trainer, pl_module, self.recipe)
+        task = describe_task(trainer, trainer.lightning_module, self.recipe)
         self._recorder.start(trainer, method, task, resumed=self._loaded is not None)
-        monitors.name_checkpoints(trainer, schedule.round, self._names)
+        monitors.name_checkpoints(trainer, self._running.round, self._names)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a resume, put schedules back."""
@@ -166,6 +178,9 @@ class RoundPruner(Callback):
                 f"the checkpoint was written without {type(self).__name__}: it holds nothing of what was cut and no "
                 "position. Load its weights into the module before fit() instead of passing it as ckpt_path."
             )
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._start_record(trainer)
+            self._running.set_limits(trainer)
         if self._loaded is not None:
             self._hold_schedules(trainer)
         self._running.on_train_start(trainer)

@@ -6,18 +6,25 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
 
 from lightning_prune.callbacks.events import Position, PruneEvent
+from lightning_prune.callbacks.shards import get_snapshot, put_snapshot
 from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.sharding import any_sharded, local, reshard
 from lightning_prune.times import TrainTime
 
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of ``module`` by name, non-persistent buffers too, each shared tensor once."""
+    """Every parameter and buffer of ``module`` by name, non-persistent buffers too, each shared tensor once.
+
+    Sharded parameters are given as such, also where FSDP2 holds the whole for a moment.
+    """
+    reshard(module)
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
@@ -107,10 +114,12 @@ class WeightRewind(_Rewinder):
             (:func:`reinitialize`) instead of restoring them.
         seed: Seeds the draws of ``reinit``; each round has its own.
 
-    State saved: the snapshot (one copy of the weights, and of the optimizer state for ``"restore"``).
+    State saved: the snapshot (one copy of the weights, and of the optimizer state for ``"restore"``). Of sharded
+    parameters each process keeps and saves its own part; see :mod:`lightning_prune.callbacks.shards`.
 
     Raises:
-        ConfigError: A time that cannot be read, an unknown ``optimizer_state``; in ``setup``: no pruner beside it.
+        ConfigError: A time that cannot be read, an unknown ``optimizer_state``; in ``setup``: no pruner beside it,
+            ``reinit`` of sharded parameters.
 
     Example:
         >>> from lightning_prune import IterativeMagnitudePruner, LRRewind, WeightRewind
@@ -123,13 +132,25 @@ class WeightRewind(_Rewinder):
         super().__init__(to, optimizer_state, ("restore", "reset", "keep"))
         self.reinit = reinit
         self.seed = seed
-        self._snapshot: dict[str, Tensor] | None = None
+        self._snapshot: dict[str, Tensor] | None = None  # this process's parts
         self._optimizers: list[dict[str, Any]] | None = None
+        self._sharded = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.reinit and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ConfigError(
+                "WeightRewind(reinit=True) draws whole tensors, and ModelParallelStrategy shards them. Run this "
+                "control on one device or with strategy='ddp'."
+            )
 
     def on_rewinding_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule, position: Position) -> None:
         """Take the snapshot."""
         if not self.reinit:
-            self._snapshot = {name: t.detach().to("cpu", copy=True) for name, t in named_state(pl_module).items()}
+            state = named_state(pl_module)
+            self._sharded = any_sharded(state.values())
+            self._snapshot = {name: local(t).detach().to("cpu", copy=True) for name, t in state.items()}
         if self.optimizer_state == "restore":
             self._optimizers = [_remembered(optimizer) for optimizer in trainer.optimizers]
 
@@ -149,7 +170,7 @@ class WeightRewind(_Rewinder):
                 raise self._no_snapshot()
             with torch.no_grad():
                 for name, tensor in named_state(pl_module).items():
-                    tensor.copy_(self._snapshot[name])
+                    local(tensor).copy_(self._snapshot[name])
         if event.masks is not None:
             event.masks.apply_(pl_module)
         chosen = {"restore": self._optimizers, "reset": self._initial_optimizers, "keep": None}[self.optimizer_state]
@@ -158,14 +179,34 @@ class WeightRewind(_Rewinder):
                 _recall(optimizer, state)
 
     def state_dict(self) -> dict[str, Any]:
-        """The snapshot."""
+        """The snapshot, unless it is sharded."""
+        if self._sharded:
+            return {"to": str(self.to), "snapshot": None, "optimizers": None}
         return {"to": str(self.to), "snapshot": self._snapshot, "optimizers": self._optimizers}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add a sharded snapshot, part by part."""
+        if self._sharded:
+            own = checkpoint["callbacks"][self.state_key]
+            own["sharded"] = put_snapshot(checkpoint, named_state(pl_module), self._snapshot, self._optimizers)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up this process's parts of a sharded snapshot."""
+        about = checkpoint["callbacks"].get(self.state_key, {}).get("sharded")
+        if about is not None and trainer.state.fn == "fit":
+            self._snapshot, self._optimizers = get_snapshot(trainer, named_state(pl_module), about)
+            self._sharded = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the snapshot of a checkpoint."""
         self._check_same_point(state_dict["to"])
-        self._snapshot = state_dict["snapshot"]
-        self._optimizers = state_dict["optimizers"]
+        if "sharded" not in state_dict:
+            self._snapshot = state_dict["snapshot"]
+            self._optimizers = state_dict["optimizers"]
 
 
 class LRRewind(_Rewinder):

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_prune.callbacks.events import Position
 from lightning_prune.callbacks.folders import tries_out
-from lightning_prune.callbacks.moments import Length, check_ends, check_frequencies, place
+from lightning_prune.callbacks.moments import Length, check_ends, check_frequencies, check_same_length, place
 from lightning_prune.errors import ConfigError
 from lightning_prune.times import TrainTime
 
@@ -87,6 +87,7 @@ class RoundSchedule:
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
         total = trainer.estimated_stepping_batches  # reads the loader, so that an epoch's length is known
         batches = trainer.num_training_batches
+        check_same_length(batches)
         if fit_loop.max_epochs in (-1, None) and epoch_loop.max_steps == -1:
             raise ConfigError(
                 "the Trainer has no end: one training's length must be known to run rounds of it. "
@@ -116,7 +117,7 @@ class RoundSchedule:
             self._check_ends(trainer)
         if not self.goes_on:
             epoch_loop.max_steps = -1
-        self._set_limits(trainer)
+        self.set_limits(trainer)
 
     @property
     def goes_on(self) -> bool:
@@ -168,7 +169,7 @@ class RoundSchedule:
             parts.append(f"{self.total_steps} steps")
         return ", ".join(parts)
 
-    def _set_limits(self, trainer: pl.Trainer) -> None:
+    def set_limits(self, trainer: pl.Trainer) -> None:
         """Raise the Trainer's limit to hold this round and all that follow; place its minimum in this round."""
         assert self._users is not None
         fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
@@ -313,7 +314,7 @@ class RoundSchedule:
         """Put the minimum back that :meth:`on_train_epoch_end` moved out of the way."""
         assert self._users is not None
         trainer.fit_loop.min_epochs = self._users["min_epochs"]
-        self._set_limits(trainer)
+        self.set_limits(trainer)
 
     def next_round(self, trainer: pl.Trainer) -> None:
         """Open the next round at this epoch; the fit shrinks by what an early stop has saved."""
@@ -324,7 +325,7 @@ class RoundSchedule:
         if trainer.should_stop:
             rank_zero_info(f"Round {self.round - 1} was stopped early; the next round begins.")
             trainer.should_stop = False
-        self._set_limits(trainer)
+        self.set_limits(trainer)
 
     # ------------------------------------------------------------------- state
 

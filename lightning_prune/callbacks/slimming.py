@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
 from lightning_prune.channels.gates import Gates, gated_groups
@@ -130,6 +131,7 @@ class SlimmingRegularizer(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Begin with no cut seen."""
         if stage == "fit":
+            require_whole_network(trainer, "so its scales cannot be regularised")
             self.round, self._saved_gates = 0, None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

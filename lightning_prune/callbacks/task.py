@@ -5,6 +5,8 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_prune.sharding import own_class
+
 
 def describe_task(trainer: pl.Trainer, pl_module: pl.LightningModule, recipe: str | None = None) -> dict[str, Any]:
     """Class names of the module, of its networks and of its data, and the recipe, where they can be told.
@@ -17,7 +19,7 @@ def describe_task(trainer: pl.Trainer, pl_module: pl.LightningModule, recipe: st
     networks = [c for c in pl_module.children() if next(c.parameters(), None) is not None]
     found = {
         "module": type(pl_module).__name__,
-        "networks": ", ".join(type(network).__name__ for network in networks if not _is_plain(network)),
+        "networks": ", ".join(own_class(network).__name__ for network in networks if not _is_plain(network)),
         "data": _data(trainer, pl_module),
         "recipe": recipe,
     }
@@ -26,7 +28,7 @@ def describe_task(trainer: pl.Trainer, pl_module: pl.LightningModule, recipe: st
 
 def _is_plain(network: nn.Module) -> bool:
     """Whether a class name says nothing about the network: torch's own layers and containers."""
-    return type(network).__module__.startswith("torch.nn.")
+    return own_class(network).__module__.startswith("torch.nn.")
 
 
 def _data(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:

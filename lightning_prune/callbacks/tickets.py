@@ -6,6 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from lightning_prune.callbacks.company import together
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.rewind import named_state, require_pruner
@@ -18,7 +19,9 @@ class TicketWriter(Callback):
 
     A ticket is the mask and the weights (parameters and buffers) that its round starts from; :func:`load_ticket` reads
     it without this callback. Where channels leave, it is the compact network that the round starts from, and
-    :func:`load_compact` reads it. Acts in: the prune event. Rank 0 writes; each file is whole or not there.
+    :func:`load_compact` reads it. Acts in: the prune event. Rank 0 writes; each file is whole or not there. Parts of
+    sharded parameters are sent to rank 0 one tensor after the other, so that the file is that of a single process and
+    can be loaded on any number of them.
 
     Args:
         dirpath: The folder. Default ``None``: ``tickets`` in the run folder; without a logger nothing is written.
@@ -47,7 +50,8 @@ class TicketWriter(Callback):
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """Write the ticket."""
         path = self.ticket_path(trainer, event.round)
-        if path is None or not trainer.is_global_zero:
+        sharded = event.masks is not None and event.masks.is_sharded
+        if path is None or not (trainer.is_global_zero or sharded):
             return
         if event.masks is None:
             save_compact(pl_module.get_submodule(event.module), path)
@@ -58,4 +62,8 @@ class TicketWriter(Callback):
             "digest": event.masks.digest(),
             "rewound_to_step": None if event.rewound_to is None else event.rewound_to.step,
         }
-        save_ticket(path, Ticket(event.masks, named_state(pl_module), info))
+        ticket = Ticket(event.masks, named_state(pl_module), info)
+        if sharded:  # all processes give their parts
+            together(lambda: save_ticket(path, ticket))
+        else:
+            save_ticket(path, ticket)
