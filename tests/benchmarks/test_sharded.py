@@ -1,0 +1,72 @@
+"""What several processes cost: selection over sharded weights, and masked steps under DDP and FSDP2."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_prune.scores import MagnitudeScores
+from lightning_prune.selection import select
+from tests.benchmarks.sharded_worker import weights
+from tests.conftest import ROOT
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
+
+
+def run(folder: Path, world: int, *arguments: Any) -> list[Any]:
+    """What each process found, one thread each."""
+    folder.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+    module = ["-m", "tests.benchmarks.sharded_worker", folder, world, *arguments]
+    command = [sys.executable, *launcher, *map(str, module)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def test_selection_of_100_million_sharded_weights(tmp_path: Path) -> None:
+    """The mask is that of one process; what travels does not grow with the weights."""
+    whole = select(MagnitudeScores(weights(1000)), density=0.2)
+    print(f"\n{whole.total} weights in 100 tensors, one thread a process, torch {torch.__version__}")
+    for world in (2, 4):
+        found = run(tmp_path / f"{world}", world, "selection", 1000)
+        small = run(tmp_path / f"{world}-small", world, "selection", 100)
+        assert {process["digest"] for process in found} == {whole.digest()}
+        assert found[0]["kept"] == whole.kept
+        # Each repeat by itself: the slowest process alone, and together
+        pairs = [(max(p["alone"][i] for p in found), max(p["together"][i] for p in found)) for i in range(1, 6)]
+        ratios = sorted(together / alone for alone, together in pairs)
+        alone, together = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        print(
+            f"{world} processes: slowest shard alone {alone:.3f} s, together {together:.3f} s, ratio "
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}); each process gives "
+            f"{found[0]['sent']} bytes to collectives ({small[0]['sent']} for a hundredth of the weights)"
+        )
+        assert abs(found[0]["sent"] - small[0]["sent"]) < 2000  # numbers of more digits in the layout
+        assert found[0]["sent"] < 3e6
+        if os.getloadavg()[0] < 1.5 * world:
+            assert statistics.median(ratios) < 1.2 if world <= (os.cpu_count() or 1) else 1.5
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+
+
+def test_masked_steps_on_two_processes(tmp_path: Path) -> None:
+    """Masks taken away every other step, so that what is compared shares the machine."""
+    print(f"\nResNet-18, 64x64, batch 16 a process, 20 % of the weights, one thread each, torch {torch.__version__}")
+    costs = {}
+    for how, world in (("one", 1), ("ddp", 2), ("data", 2)):
+        processes = run(tmp_path / how, world, how, 3)
+        ratios = sorted(fit["masked"] / fit["unmasked"] for process in processes for fit in process)
+        costs[how] = statistics.median(ratios)
+        step = statistics.median(fit["unmasked"] for process in processes for fit in process)
+        name = {"one": "one process", "ddp": "DDP", "data": "FSDP2"}[how]
+        print(f"{name}: step {step:.3f} s, masked x{costs[how]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    assert costs["ddp"] < costs["one"] + 0.1
+    assert costs["data"] < costs["one"] + 0.1
