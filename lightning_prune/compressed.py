@@ -1,4 +1,7 @@
-"""Layers that run on the weights that are left: compressed rows on any device, 2:4 on GPUs that have it."""
+"""Layers that run on the weights that are left: compressed rows on any device, 2:4 on GPUs that have it.
+
+The product of compressed rows is torch's, or on a CPU one that Numba compiles (:mod:`lightning_prune.compiled_rows`).
+"""
 
 import contextlib
 import warnings
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_prune import compiled_rows
 
 
 class _Compressed(nn.Module):
@@ -17,8 +22,9 @@ class _Compressed(nn.Module):
     values: Tensor
     bias: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, compiled: bool) -> None:
         super().__init__()
+        self.compiled = compiled
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta")
             rows = weight.detach().to_sparse_csr()
@@ -33,9 +39,12 @@ class _Compressed(nn.Module):
 
     def product(self, matrix: Tensor) -> Tensor:
         """``weight @ matrix + bias``."""
+        parts = self.starts, self.columns, self.values
         if self._rows is None:
-            parts = self.starts, self.columns, self.values
             self._rows = torch.sparse_csr_tensor(*parts, self.shape, check_invariants=True)  # what a file held, too
+        # the device, data type or machine may have changed since the layer was made
+        if self.compiled and compiled_rows.available(matrix):
+            return compiled_rows.product(*parts, self.bias, matrix)
         return torch.addmm(self.bias, self._rows, matrix)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,10 +68,11 @@ class CompressedLinear(_Compressed):
     Args:
         layer: The layer to take the place of; its zeros are left out.
         contiguous: Whether outputs are laid out as a dense layer's.
+        compiled: Whether the product is Numba's where there is one.
     """
 
-    def __init__(self, layer: nn.Linear, contiguous: bool = False) -> None:
-        super().__init__(layer.weight, layer.bias)
+    def __init__(self, layer: nn.Linear, contiguous: bool = False, compiled: bool = False) -> None:
+        super().__init__(layer.weight, layer.bias, compiled)
         self.in_features, self.out_features, self.contiguous = layer.in_features, layer.out_features, contiguous
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,10 +92,11 @@ class CompressedConv2d(_Compressed):
 
     Args:
         layer: The layer to take the place of; zero padding by numbers, ``groups=1``.
+        compiled: Whether the product is Numba's where there is one.
     """
 
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__(layer.weight.flatten(1), layer.bias)
+    def __init__(self, layer: nn.Conv2d, compiled: bool = False) -> None:
+        super().__init__(layer.weight.flatten(1), layer.bias, compiled)
         self.out_channels, self.kernel_size, self.stride = layer.out_channels, layer.kernel_size, layer.stride
         self.padding: Any = layer.padding
         self.dilation = layer.dilation
@@ -125,13 +136,21 @@ def candidates(layer: nn.Module, contiguous: bool = False) -> dict[str, nn.Modul
     found: dict[str, nn.Module] = {}
     if type(layer) is nn.Linear:
         found["compressed rows"] = CompressedLinear(layer, contiguous)
+        if compiled_rows.available(layer.weight):
+            found["compiled rows"] = CompressedLinear(layer, contiguous, compiled=True)
         if layer.weight.device.type == "cuda" and is_two_of_four(layer.weight):
             # a GPU, data type or shape without these kernels
             with contextlib.suppress(RuntimeError, NotImplementedError):
                 found["2:4"] = semi_structured(layer)
-    elif type(layer) is nn.Conv2d and layer.groups == 1 and layer.padding_mode == "zeros":
-        found |= {} if isinstance(layer.padding, str) else {"compressed rows": CompressedConv2d(layer)}
+    elif type(layer) is nn.Conv2d and layer.groups == 1 and _pads_with_zeros(layer):
+        found["compressed rows"] = CompressedConv2d(layer)
+        if compiled_rows.available(layer.weight):
+            found["compiled rows"] = CompressedConv2d(layer, compiled=True)
     return found
+
+
+def _pads_with_zeros(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
 def is_two_of_four(weight: Tensor) -> bool:

@@ -1,9 +1,12 @@
 """Masks turned into speed: equal outputs, emptied channels gone, forms chosen by what was measured."""
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from lightning_prune import (
     SelectionError,
     accelerate,
     acceleration,
+    compiled_rows,
     select,
     trace_channels,
 )
@@ -57,20 +61,26 @@ class Faster:
 
 # ------------------------------------------------------------------------ layers
 
+COMPILED = [False, pytest.param(True, marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is missing"))]
 
+
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (12,)])
-def test_compressed_linear_is_the_linear_layer(bias: bool, contiguous: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (12,), (0, 12)])
+def test_compressed_linear_is_the_linear_layer(
+    compiled: bool, bias: bool, contiguous: bool, shape: tuple[int, ...]
+) -> None:
     layer = sparse_(nn.Linear(12, 9, bias=bias))
     x = torch.rand(shape)
     with torch.inference_mode():
-        other = CompressedLinear(layer, contiguous)
+        other = CompressedLinear(layer, contiguous, compiled)
         torch.testing.assert_close(other(x), layer(x))
         assert other(x).is_contiguous() or not contiguous
     assert f"{int((layer.weight != 0).sum())} weights" in repr(other)
 
 
+@pytest.mark.parametrize("compiled", COMPILED)
 @pytest.mark.parametrize(
     "options",
     [
@@ -81,11 +91,37 @@ def test_compressed_linear_is_the_linear_layer(bias: bool, contiguous: bool, sha
         {"kernel_size": 1, "stride": 2},
     ],
 )
-def test_compressed_convolution_is_the_convolution(options: dict[str, Any]) -> None:
+def test_compressed_convolution_is_the_convolution(options: dict[str, Any], compiled: bool) -> None:
     layer = sparse_(nn.Conv2d(6, 5, **options))
     x = torch.rand(3, 6, 11, 9)
     with torch.inference_mode():
-        torch.testing.assert_close(CompressedConv2d(layer)(x), layer(x))
+        torch.testing.assert_close(CompressedConv2d(layer, compiled)(x), layer(x))
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="Numba is missing")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_rows_are_the_product(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against NumPy: rows with no weight, some and all, pieces of columns that do not divide, shares of rows."""
+    monkeypatch.setattr(compiled_rows, "SMALLEST_SHARE", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    density = torch.linspace(0, 1, 21)[:, None]
+    weight = torch.randn(21, 37, dtype=dtype) * (torch.rand(21, 37) < density)
+    bias, matrix = torch.randn(21, dtype=dtype), torch.randn(1037, 37, dtype=dtype).t()
+    rows = scipy.sparse.csr_array(weight.numpy())
+    parts = (torch.from_numpy(part) for part in (rows.indptr, rows.indices, rows.data))
+    found = compiled_rows.product(*parts, bias, matrix)
+    expected = weight.numpy() @ matrix.numpy() + bias.numpy()[:, None]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=1e-5)
+
+
+def test_without_numba_torch_computes_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that was made compiled and copied to a machine without it."""
+    layer = sparse_(nn.Linear(12, 9))
+    other, x = CompressedLinear(layer, compiled=True), torch.rand(4, 12)
+    monkeypatch.setattr(compiled_rows, "find_spec", lambda _: None)
+    assert "compiled rows" not in candidates(layer)
+    torch.testing.assert_close(other(x), layer(x))
 
 
 def test_layers_without_another_form() -> None:
@@ -93,7 +129,7 @@ def test_layers_without_another_form() -> None:
     assert candidates(nn.Conv2d(4, 4, 3, padding="same")) == {}
     assert candidates(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")) == {}
     assert candidates(nn.Conv1d(4, 4, 3)) == {}
-    assert list(candidates(nn.Linear(4, 4))) == ["compressed rows"]
+    assert list(candidates(nn.Linear(4, 4).bfloat16())) == ["compressed rows"]
 
 
 def test_a_compressed_network_copies_and_moves() -> None:

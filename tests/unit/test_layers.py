@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     | {"sharding", "sharded_ranking"},
     {"masks", "scores", "actions", "selection", "record", "costs"},
     {"channels"},
-    {"acceleration", "compressed", "connectivity", "checkpoint", "compact_files", "export"},
+    {"acceleration", "compressed", "compiled_rows", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "reports"},
