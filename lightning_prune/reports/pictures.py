@@ -1,5 +1,6 @@
 """Pictures as SVG files, drawn without a window system."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,42 @@ def write_figure(figure: Any, path: Path) -> None:
     """Write a figure, atomically."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def draw_macs_against_latency(rows: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw which part of their latency networks keep where a part of their multiply-adds is kept.
+
+    On the diagonal fewer multiply-adds save as much time as they promise; above it they promise too much.
+
+    Args:
+        rows: For each compact network ``network`` (its name), ``macs`` (the part kept) and ``latency`` (the part kept,
+            with the ends of its interval). Networks of one name are joined.
+        path: The SVG file.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or no rows.
+    """
+    check_pictures()
+    if not rows:
+        raise ConfigError("there is nothing to draw: rows is empty.")
+    figure, (axis,) = make_figure(1)
+    figure.set_size_inches(7, 5)
+    axis.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
+    axis.annotate("as promised", (0.84, 0.79), rotation=34, color="0.5", fontsize=8)
+    ends = []
+    for turn, name in enumerate(dict.fromkeys(row["network"] for row in rows)):
+        points = sorted((row["macs"], *row["latency"]) for row in rows if row["network"] == name)
+        macs, ratio, low, high = (np.array(values) for values in zip(*points, strict=True))
+        color, marker = f"C{turn % 10}", "os^Dv"[turn % 5]
+        axis.errorbar(macs, ratio, [ratio - low, high - ratio], color=color, marker=marker, markersize=4, linewidth=1)
+        ends.append((ratio[0], macs[0], name, color))
+    place = -1.0
+    for height, macs_kept, name, color in sorted(ends):  # labels that would lie on each other move up
+        place = max(height, place + 0.035)
+        axis.annotate(name, (macs_kept, height), (0.015, place), color=color, fontsize=8, va="center")
+    axis.set(xlabel="multiply-adds kept", ylabel="latency kept, as measured", xlim=(0, 1), ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    write_figure(figure, Path(path))
 
 
 def draw_plane(plane: ErrorPlane, path: str | Path, split: str | None = None) -> None:

@@ -21,6 +21,7 @@ from lightning_prune import (
     compact,
     compare_latency,
     count_costs,
+    export_onnx,
     plan_removal,
     prunable_parameters,
     score_weights,
@@ -28,7 +29,7 @@ from lightning_prune import (
     trace_channels,
 )
 from lightning_prune.costs import LatencyComparison
-from lightning_prune.export import export_onnx
+from lightning_prune.reports.pictures import draw_macs_against_latency
 from tests._helpers.models import ToyModule, loaders, trainer
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
@@ -155,7 +156,7 @@ MACS_NETWORKS = (
 
 @pytest.mark.parametrize("name", MACS_NETWORKS)
 def test_macs_against_latency(name: str) -> None:
-    """One line of JSON for each compact network; ``MACS_LATENCY`` names a file to add them to."""
+    """One line of JSON for each compact network; ``MACS_LATENCY`` names a file to add them to and to draw beside."""
     dense = torchvision.models.get_model(name, weights=None).eval()
     x = torch.rand(1, 3, 224, 224)
     graph, whole = trace_channels(dense, x), count_costs(dense, x).macs.total
@@ -181,6 +182,10 @@ def test_macs_against_latency(name: str) -> None:
             with open(os.environ["MACS_LATENCY"], "a") as file:
                 file.write(json.dumps(row) + "\n")
         assert found.low < 1.5
+    if "MACS_LATENCY" in os.environ:
+        path = Path(os.environ["MACS_LATENCY"])
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        draw_macs_against_latency([row for row in rows if row["round_to"] == "auto"], path.with_suffix(".svg"))
 
 
 def test_what_profiling_costs_a_fit(tmp_path: Any) -> None:

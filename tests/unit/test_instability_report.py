@@ -11,7 +11,7 @@ from scipy import stats
 from lightning_prune import ConfigError
 from lightning_prune.connectivity import ErrorPlane
 from lightning_prune.instability.report import draw, table
-from lightning_prune.reports.pictures import check_pictures, draw_plane
+from lightning_prune.reports.pictures import check_pictures, draw_macs_against_latency, draw_plane
 
 
 def line(seed: int, step: int, middle: float, **more: Any) -> dict[str, Any]:
@@ -59,3 +59,16 @@ def test_a_plane_is_drawn(tmp_path: Path) -> None:
     assert "</svg>" in (tmp_path / "plane.svg").read_text()
     with pytest.raises(ConfigError, match="split='train' was not measured; there are test"):
         draw_plane(plane, tmp_path / "other.svg", "train")
+
+
+def test_macs_against_latency_are_drawn_once_for_each_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "svg.fonttype", "none")  # text stays text
+    rows = [{"network": name, "macs": m, "latency": [m, m - 0.01, m + 0.02]} for name in "ab" for m in (0.25, 0.5)]
+    draw_macs_against_latency(rows, tmp_path / "macs.svg")
+    drawn = (tmp_path / "macs.svg").read_text()
+    assert [drawn.count(f">{name}</text>") for name in "abc"] == [1, 1, 0]
+    with pytest.raises(ConfigError, match="rows is empty"):
+        draw_macs_against_latency([], tmp_path / "none.svg")
+    assert not (tmp_path / "none.svg").exists()
