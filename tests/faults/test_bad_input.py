@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import nn
 from torch.optim import SGD
 from torch.optim import lr_scheduler as lrs
@@ -302,7 +302,9 @@ def test_the_command_refuses_a_damaged_checkpoint(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_strategies_that_shard_parameters_are_refused() -> None:
-    sharded = type("Trainer", (), {"strategy": ModelParallelStrategy()})()
-    with pytest.raises(ConfigError, match=r"ModelParallelStrategy holds parameters in a form of its own, among parts"):
-        prune().make_schedule(sharded)
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_hide_where_parameters_lie_are_refused(kind: type) -> None:
+    hidden = type("Trainer", (), {"strategy": kind.__new__(kind)})()
+    message = rf"{kind.__name__} holds parameters in a form of its own, among which.*or ModelParallelStrategy \(FSDP2"
+    with pytest.raises(ConfigError, match=message):
+        prune().make_schedule(hidden)
