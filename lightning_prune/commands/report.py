@@ -2,15 +2,17 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_prune.errors import ConfigError
 from lightning_prune.files import atomic_write
 from lightning_prune.record import RunRecord
-from lightning_prune.reports.beside import find_analyses
+from lightning_prune.reports.beside import Curve, curves_of_runs, find_analyses
+from lightning_prune.reports.figures import CHARTS, Figure, figures_of
+from lightning_prune.reports.lines import figures_of_analysis, figures_of_rounds
 from lightning_prune.reports.page import page_of
-from lightning_prune.reports.png import write_png
+from lightning_prune.reports.png import check_png, write_png
 from lightning_prune.reports.rounds import rounds_table
 from lightning_prune.reports.runs import Group, choose_metric, group_runs, notes_on, read_runs
 from lightning_prune.reports.tables import csv_of, markdown_of, table_of
@@ -27,9 +29,12 @@ def main(arguments: Sequence[str]) -> None:
     """
     given = _parser().parse_args(arguments)
     form = _form(given)
-    analyses, damaged = find_analyses(given.runs) if form == "html" else ({}, [])
+    if form == "png":
+        check_png()
+    analyses, damaged = find_analyses(given.runs) if form in ("html", "png") else ({}, [])
     runs, problems = read_runs(given.runs, needed=not analyses)
-    problems = [*damaged, *(problems if runs else [])]  # a folder of an analysis needs no record
+    known = {str(Path(path)) for path in given.runs if any(Path(a).is_relative_to(path) for a in analyses)}
+    problems = [*damaged, *(p for p in problems if not any(p.startswith(f"{path} holds no") for path in known))]
     metric = choose_metric(runs, given.metric) if runs else ""
     groups = group_runs(runs, metric)
     for problem in problems:
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
     if form == "png":
         path = Path(given.output or "report.png")
-        write_png(path, groups, metric)
+        write_png(path, _charts(groups, metric, analyses, given.charts), [group.name for group in groups])
         print(f"written: {path}")
     elif form == "md":
         controls = [RunRecord.read(path) for path in given.control]
@@ -63,13 +68,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--control", nargs="+", default=[], metavar="RUN", help="md: the control's folders, same seeds and order"
     )
+    parser.add_argument("--charts", nargs="+", choices=CHARTS, help="png: draw these (default: all that there are)")
     parser.add_argument("--no-per-cent", action="store_true", help="md: show the metric as it is, not in points")
     return parser
+
+
+def _charts(
+    groups: Sequence[Group], metric: str, analyses: Mapping[str, Sequence[Curve]], wanted: Sequence[str] | None
+) -> list[Figure]:
+    """The charts of the page that were asked for, by default all."""
+    curves = {index: curves_of_runs([run.folder for run in group.runs]) for index, group in enumerate(groups)}
+    figures = figures_of(groups, metric) if groups else []
+    figures += figures_of_rounds(groups, {index: own for index, own in curves.items() if own})
+    figures += [figure for found in analyses.values() for figure in figures_of_analysis(found)]
+    missing = [key for key in wanted or () if key not in {figure.key for figure in figures}]
+    if missing:
+        there = ", ".join(dict.fromkeys(figure.key for figure in figures)) or "none"
+        raise ConfigError(f"--charts {missing[0]}: these runs have no numbers for it; there are: {there}.")
+    return [figure for figure in figures if not wanted or figure.key in wanted]
 
 
 def _form(given: argparse.Namespace) -> str:
     ending = Path(given.output).suffix.lower().lstrip(".") if given.output else ""
     form = given.format or (ending if ending in FORMATS else "md" if given.control else "html")
+    if given.charts and form != "png":
+        raise ConfigError("--charts belongs to --format png; html shows all of them.")
     if given.control and form != "md":
         raise ConfigError(f"--control belongs to --format md; {form} shows the control as a method: give it as a RUN.")
     return str(form)

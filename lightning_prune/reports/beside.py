@@ -88,6 +88,15 @@ def ranks_of_run(folder: Path) -> list[Ranks]:
     return _read(path, "lightning_prune.ranks", "cuts", _ranks) if path.is_file() else []
 
 
+def curves_of_runs(folders: Sequence[Path | None]) -> list[Curve]:
+    """The lines of several runs; folders that are not known are passed over.
+
+    Raises:
+        FileFormatError: As for one.
+    """
+    return [curve for folder in folders if folder is not None for curve in curves_of_run(folder)]
+
+
 def find_analyses(paths: Sequence[str | Path]) -> tuple[dict[str, list[Curve]], list[str]]:
     """Analyses under ``paths``, by folder, and a message for each that cannot be read."""
     found, problems = {}, []

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from lightning_prune.reports.runs import QUANTITIES, Group, Spread, front, lower_is_better
 from lightning_prune.reports.svg import Axis, Line, Mark
 
+CHARTS = ("sparsity", "channels", "params", "macs", "latency", "speedup", "barrier", "line")
+"""The charts that there can be."""
+
 _FRACTIONS = ("weights", "channels", "params", "macs")
 
 
@@ -22,6 +25,7 @@ class Figure:
         ideal: The name of the line on which both axes are equal; empty: none is drawn.
         guide: Where a horizontal line is drawn.
         tag: What the number of a point counts.
+        key: A word to choose it by: one of :data:`CHARTS`.
     """
 
     title: str
@@ -32,6 +36,7 @@ class Figure:
     ideal: str = ""
     guide: float | None = None
     tag: str = "round"
+    key: str = ""
 
 
 def label_of(index: int) -> str:
@@ -90,7 +95,8 @@ def _against(groups: Sequence[Group], metric: str, name: str, title: str) -> Fig
     if name == "latency_ms":
         note += " Medians, on the devices named below."
     x_axis = Axis.around(QUANTITIES[name] + (" (log scale)" if log else ""), xs, log=log, falling=True)
-    return Figure(title, note, tuple(lines), x_axis, axis_over(direction_of(metric), lines))
+    key = {"weights": "sparsity", "latency_ms": "latency"}.get(name, name)
+    return Figure(title, note, tuple(lines), x_axis, axis_over(direction_of(metric), lines), key=key)
 
 
 def _speedups(groups: Sequence[Group]) -> Figure | None:
@@ -109,4 +115,4 @@ def _speedups(groups: Sequence[Group]) -> Figure | None:
     x_axis = Axis.around(f"theoretical speed-up, by MACs{scale}", [*values, 1.0], log=log)
     y_axis = Axis.around(f"measured speed-up{scale}", [*values, 1.0], log=log)
     title = "Theoretical against measured speed-up"
-    return Figure(title, note, tuple(lines), x_axis, y_axis, ideal="measured = theoretical")
+    return Figure(title, note, tuple(lines), x_axis, y_axis, ideal="measured = theoretical", key="speedup")

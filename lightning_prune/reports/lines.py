@@ -37,12 +37,12 @@ def figures_of_rounds(groups: Sequence[Group], curves: Mapping[int, Sequence[Cur
     y = axis_over(f"error barrier, {split}, points", lines, 0.0)
     title = "Barrier between the networks of successive rounds"
     note = "Dotted: 2 points, under which networks count as connected."
-    figures = [Figure(title, note, tuple(lines), x, y, guide=STABLE)]
+    figures = [Figure(title, note, tuple(lines), x, y, guide=STABLE, key="barrier")]
     for index in list(curves)[:MOST_METHODS]:
         pairs = _by(curves[index], lambda curve: curve.rounds)
         names = {pair: f"{pair[0]} to {pair[1]}" for pair in pairs}
         title = f"{label_of(index)}: error along the line between successive rounds"
-        figures.append(_along(title, pairs, names, "earlier", "later"))
+        figures.append(_along(title, pairs, names, "the earlier", "the later network"))
     return figures
 
 
@@ -53,7 +53,7 @@ def figures_of_analysis(curves: Sequence[Curve]) -> list[Figure]:
         kinds = _by(own, lambda curve: (curve.step, -curve.density))
         names = {key: _name(key, list(kinds)) for key in kinds}
         title = f"Error along the line between copies (BatchNorm: {treatment})"
-        figures.append(_along(title, kinds, names, "one", "other"))
+        figures.append(_along(title, kinds, names, "the other", "one network"))
     for what, value, label in (
         ("step", lambda curve: curve.step, "step at which the copies branched"),
         ("density", lambda curve: -curve.density, "weights left, %"),
@@ -84,7 +84,8 @@ def _barriers(curves: Sequence[Curve], what: str, value: Callable[[Curve], float
     y = axis_over(f"error barrier, {curves[0].split}, points", lines, 0.0)
     legend = "; ".join(f"{line.label}: {line.name}" for line in lines)
     note = f"{legend}. Dotted: 2 points, under which a network counts as stable."
-    return Figure(f"Barrier against the {label.split(',')[0]}", note, tuple(lines), x, y, guide=STABLE, tag="")
+    title = f"Barrier against the {label.split(',')[0]}"
+    return Figure(title, note, tuple(lines), x, y, guide=STABLE, tag="", key="barrier")
 
 
 def _along(title: str, kinds: Mapping[Any, Sequence[Curve]], names: Mapping[Any, str], one: str, other: str) -> Figure:
@@ -100,9 +101,9 @@ def _along(title: str, kinds: Mapping[Any, Sequence[Curve]], names: Mapping[Any,
         shade = index / max(len(kinds) - 1, 1)
         lines.append(Line(names[key], marks, 0, frozenset(), shade, top, names[key]))
     split = next(iter(kinds.values()))[0].split
-    x = Axis(f"place on the line: 0 is the {other} network, 1 the {one}", 0.0, 1.0)
+    x = Axis(f"place on the line: 0 is {other}, 1 {one}", 0.0, 1.0)
     note = "Means over runs. From the first to the last: blue to orange."
-    return Figure(title, note, tuple(lines), x, axis_over(f"error, {split}, %", lines), tag="")
+    return Figure(title, note, tuple(lines), x, axis_over(f"error, {split}, %", lines), tag="", key="line")
 
 
 def _name(key: tuple[int, float], keys: Sequence[tuple[int, float]]) -> str:

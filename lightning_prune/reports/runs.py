@@ -235,7 +235,7 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
         alike = [other for other_kind, other in zip(kinds, settings, strict=True) if other_kind == kind]
         shown = []
         for key, value in own.items():
-            others = settings if key[0] == "network" else alike
+            others = settings if key in (("network", "data"), ("network", "networks")) else alike
             if value is not None and any(other.get(key) != value for other in others):
                 shown.append(f"{key[1]}={value}")
         if len(shown) > MOST_SETTINGS:

@@ -165,21 +165,26 @@ def _look(line: Line, kind: str) -> str:
     return f'class="{kind}" style="color:color-mix(in oklab,var(--k1) {part}%,var(--k0))"'
 
 
-def _labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
-    """Names beside the lines, moved up or down where they would lie on each other."""
+def label_places(lines: Sequence[Line], x: Axis, y: Axis) -> list[tuple[Line, float, float]]:
+    """Where the names of lines stand, across and down: beside their point, a step up or down where one stands there."""
     step = 14
     wanted = [(_y(y, line.marks[line.label_at].y), _x(x, line.marks[line.label_at].x), line) for line in lines]
-    wanted.sort(key=lambda item: item[:2])
-    done: list[tuple[float, float]] = []
+    done: list[tuple[Line, float, float]] = []
+    for py, px, line in sorted(wanted, key=lambda item: item[:2]):
+        reach = 9 * len(line.label) + 8
+        near = [height for _, other, height in done if abs(px - other) < reach]
+        tries = [py + sign * step * times for times in range(len(near) + 2) for sign in (1, -1)]
+        free = (t for t in tries if TOP <= t <= HEIGHT - BOTTOM and all(abs(t - height) >= step for height in near))
+        done.append((line, px, next(free, py)))
+    return done
+
+
+def _labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
     parts = []
-    for py, px, line in wanted:
-        while any(abs(px - other) < 9 * len(line.label) + 8 and abs(py - height) < step for height, other in done):
-            py += 2
-        done.append((py, px))
+    for line, px, py in label_places(lines, x, y):
         inside = px + 9 + 7.5 * len(line.label) <= WIDTH
         side = f'x="{px + 9:g}"' if inside else f'x="{px - 9:g}" text-anchor="end"'
-        place = f'{side} y="{min(py, HEIGHT - BOTTOM) + 4:g}"'
-        parts.append(f"<text {_look(line, 'end')} {place}>{escape(line.label)}</text>")
+        parts.append(f'<text {_look(line, "end")} {side} y="{py + 4:g}">{escape(line.label)}</text>')
     return parts
 
 
@@ -231,6 +236,11 @@ def _x(axis: Axis, value: float) -> float:
 
 def _y(axis: Axis, value: float) -> float:
     return round(HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM), 1)
+
+
+def place_of(axis: Axis, value: float) -> float:
+    """How far down a value stands in a chart of this page."""
+    return _y(axis, value)
 
 
 def _frame(x: Axis, y: Axis) -> str:

@@ -21,6 +21,7 @@ from lightning_prune.files import write_json
 from lightning_prune.record import Round, RunRecord
 from lightning_prune.reports.page import page_of
 from lightning_prune.reports.runs import front, group_runs
+from lightning_prune.reports.svg import Axis, Line, Mark, label_places
 from tests._helpers.runs import run_of
 
 HOSTILE = "<script>alert(1)</script>\"'|&\n"
@@ -197,6 +198,18 @@ def test_an_analysis_has_charts_without_any_record(tmp_path: Path) -> None:
     assert [chart["y"]["label"] for chart in (along, barrier)] == ["error, test, %", "error barrier, test, points"]
     assert [point[1:3] for point in along["lines"][0]["p"]] == [[0.0, 10.0], [0.5, 60.0], [1.0, 10.0]]
     assert [point[1:3] for point in barrier["lines"][0]["p"]] == [[0.0, 50.0], [1.0, 1.0]]
+    pytest.importorskip("matplotlib")
+    main(["report", str(tmp_path), "--output", str(tmp_path / "p.png"), "--charts", "barrier", "line"])
+    assert picture_size(tmp_path / "p.png")[0] > picture_size(tmp_path / "p.png")[1]  # two, side by side
+
+
+@given(st.lists(st.tuples(st.floats(0.1, 1), st.floats(0, 1)), min_size=1, max_size=12))
+def test_names_of_lines_do_not_lie_on_each_other(ends: list[tuple[float, float]]) -> None:
+    lines = [Line("A", [Mark(x, y, y, y)], i) for i, (x, y) in enumerate(ends)]
+    places = [(px, py) for _, px, py in label_places(lines, Axis("x", 0, 1), Axis("y", 0, 1))]
+    assert len(places) == len(lines)
+    for i, (px, py) in enumerate(places):
+        assert all(abs(px - other) >= 17 or abs(py - height) >= 14 for other, height in places[:i])
 
 
 def test_many_runs_stay_small_and_quick() -> None:
@@ -224,6 +237,12 @@ def test_the_command_shows_good_runs_and_names_bad_ones(tmp_path: Path, capsys: 
     assert Page(text).rows[1][2] == "2"
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return int.from_bytes(content[16:20], "big"), int.from_bytes(content[20:24], "big")
+
+
 def test_markdown_csv_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path, {"a": run_of(0, [0.9, 0.8], "A|B"), "b": run_of(1, [0.8, 0.7], "C")})
     main(["report", str(folder), "--format", "csv"])
@@ -236,7 +255,9 @@ def test_markdown_csv_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert lines[2].startswith("| A\\|B | 0 | 1 |")
     pytest.importorskip("matplotlib")
     main(["report", str(folder), "--output", str(tmp_path / "p.png")])
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    everything = picture_size(tmp_path / "p.png")
+    main(["report", str(folder), "--output", str(tmp_path / "one.png"), "--charts", "macs"])
+    assert picture_size(tmp_path / "one.png")[0] == pytest.approx(everything[0] / 3, rel=0.01)  # of three columns
 
 
 def test_seeds_of_one_method_and_a_control_make_the_paired_table(
@@ -265,6 +286,11 @@ def test_seeds_of_one_method_and_a_control_make_the_paired_table(
         (["{}/none"], "no runs to report on"),
         (["{}/a", "--metric", "f1"], "no run recorded metric 'f1'; recorded: val_acc"),
         (["{}/a", "--control", "{}/a", "--format", "csv"], "--control belongs to --format md"),
+        (["{}/a", "--charts", "macs"], "--charts belongs to --format png"),
+        (
+            ["{}/a", "--format", "png", "--charts", "barrier"],
+            "--charts barrier: these runs have no numbers for it",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
