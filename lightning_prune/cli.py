@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
+from lightning_prune.callbacks.claims import claim, give_up
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.remover import COMPACT_NAME
@@ -71,6 +72,8 @@ class SaveRecipe(SaveConfigCallback):
         """Write ``config.yaml``, over an earlier one only when resuming."""
         self.overwrite = self.overwrite or self.config.get("ckpt_path") is not None
         folder = run_folder(trainer)
+        if stage == "fit" and folder is not None:
+            claim(trainer, folder)  # another run that starts at this moment has chosen the same number
         if folder is None or trainer.loggers[0].log_dir is not None:
             super().setup(trainer, pl_module, stage)
             return
@@ -80,6 +83,15 @@ class SaveRecipe(SaveConfigCallback):
             path = str(folder / self.config_filename)
             self.parser.save(self.config, path, skip_none=False, overwrite=self.overwrite, multifile=self.multifile)
         self.already_saved = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Free the folder."""
+        give_up(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Free the folder."""
+        if stage == "fit":
+            give_up(trainer)
 
 
 class PruneCLI(LightningCLI):

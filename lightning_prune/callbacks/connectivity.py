@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_prune.callbacks.claims import claim
 from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import to_batch
@@ -88,6 +89,7 @@ class RoundConnectivity(Callback):
         """One entry for each two rounds, as JSON content: ``rounds``, ``density`` of both, and the path."""
         self._before: dict[str, Tensor] | None = None
         self._round = 0
+        self._seen = -1  # the last round whose trained network was compared or kept
         self._density = [1.0]  # by round
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -101,7 +103,13 @@ class RoundConnectivity(Callback):
                 f"RoundConnectivity calls the module on inputs, and {type(pl_module).__name__} has no forward(): "
                 "define it, or give error=...."
             )
-        self.rows, self._before, self._round, self._density = [], None, 0, [1.0]
+        self.rows, self._before, self._round, self._seen, self._density = [], None, 0, -1, [1.0]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold the folder; an earlier run's file is not written over."""
+        folder = self.dirpath or run_folder(trainer)
+        if folder is not None:
+            claim(trainer, folder, FILE_NAME)
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """Compare the trained network with that of the round before."""
@@ -115,9 +123,14 @@ class RoundConnectivity(Callback):
         """Compare the last round's network."""
         self._compare(trainer, pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare it where nothing was left to train: resumed from the last checkpoint of all."""
+        self._compare(trainer, pl_module)
+
     def _compare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.rows and self.rows[-1]["rounds"][1] >= self._round:
+        if self._seen >= self._round:
             return  # a finished run that was resumed
+        self._seen = self._round
         state = {n: t.detach().to("cpu", copy=True) for n, t in pl_module.state_dict().items() if isinstance(t, Tensor)}
         state = trainer.strategy.broadcast(state)  # processes may have running statistics of their own
         before, self._before = self._before, state
@@ -159,16 +172,20 @@ class RoundConnectivity(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The last trained network, and the measurements so far."""
-        return {"before": self._before, "rows": list(self.rows), "round": self._round, "density": list(self._density)}
+        return {"before": self._before, "rows": list(self.rows), "round": self._round, "seen": self._seen, "density": list(self._density)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up."""
         self._before, self.rows = state_dict["before"], list(state_dict["rows"])
         self._round, self._density = state_dict["round"], list(state_dict["density"])
+        self._seen = state_dict["seen"]
 
 
 def _validation_loader(trainer: pl.Trainer) -> Any:
     loader = trainer.val_dataloaders
+    if loader is None and trainer.enable_validation:  # a fit that has nothing left to train prepares none
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        loader = trainer.val_dataloaders
     if loader is None:
         raise ConfigError("RoundConnectivity measures errors on validation data, and there is none: give error=....")
     return _loader_of(loader)

@@ -1,6 +1,7 @@
 """What every pruner shares: rounds in one ``fit``, the record, checkpoints, and handing an event round."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.claims import give_up
 from lightning_prune.callbacks.company import describe_company
 from lightning_prune.callbacks.events import (
     PruneEvent,
@@ -27,7 +29,7 @@ from lightning_prune.callbacks.tickets import TicketWriter
 from lightning_prune.errors import ConfigError, ResumeError
 from lightning_prune.files import check_archive
 from lightning_prune.record import RunRecord
-from lightning_prune.resume import ResumeState
+from lightning_prune.resume import ResumeState, save_atomically
 from lightning_prune.times import TrainTime
 
 _NEVER_STEPPED = 2**62
@@ -75,6 +77,7 @@ class RoundPruner(Callback):
         self._loaded: dict[str, Any] | None = None
         self.recipe: str | None = None
         """The file that the run was configured with, for the record; the command line sets it."""
+        self._save_as_before: Callable[[], None] | None = None
 
     # -------------------------------------------------------- what subclasses say
 
@@ -136,6 +139,7 @@ class RoundPruner(Callback):
         self._schedule = self.make_schedule(trainer)
         self._schedule.prepare(trainer)
         self._resume.attach(trainer)
+        self._save_as_before = save_atomically(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -302,6 +306,10 @@ class RoundPruner(Callback):
     def release(self, trainer: pl.Trainer) -> None:
         """Undo everything that was set on the trainer and its callbacks."""
         self._resume.detach()
+        give_up(trainer)
+        if self._save_as_before is not None:
+            self._save_as_before()
+            self._save_as_before = None
         monitors.restore_names(trainer, self._names)
         self._names = {}
         if self._frequencies is not None:

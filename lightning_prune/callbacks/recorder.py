@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.claims import claim
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.logs import end_numbers, log_numbers
@@ -49,7 +50,7 @@ class RoundRecorder:
         """Begin the record, or take up a resumed one and cut its files back to it.
 
         Raises:
-            ConfigError: The folder holds another run's record.
+            ConfigError: Another run holds the folder, or has left its record there.
         """
         monitor, mode, dirpath = self._wanted
         watched = monitors.watched_metric(trainer)
@@ -58,6 +59,8 @@ class RoundRecorder:
         self.folder = Path(dirpath) if dirpath is not None else run_folder(trainer)
         self._table.restart()
         self._since = time.monotonic()
+        if self.folder is not None:
+            claim(trainer, self.folder)
         if resumed:
             assert self.record is not None
             self.record.method = method  # more rounds than before are allowed
@@ -70,6 +73,7 @@ class RoundRecorder:
         seed = os.environ.get("PL_GLOBAL_SEED")
         environment = describe_environment(trainer.strategy.root_device)
         self.record = RunRecord(method, None if seed is None else int(seed), environment, task)
+        self._write(trainer)  # from now on the folder is this run's
 
     def before_validation(self, trainer: pl.Trainer) -> None:
         """Remember the values that are there already: what this validation logs are the others."""

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.actions import check_actions, supermask
 from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.claims import claim
 from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
@@ -114,6 +115,12 @@ class SupermaskScorer(Callback):
         require_pruner(trainer, self)
         require_whole_network(trainer, "so initial weights cannot be written to it")
         self.rows, self._initial, self._grads, self._masks = [], None, {}, None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold the folder; an earlier run's file is not written over."""
+        folder = self.dirpath or run_folder(trainer)
+        if folder is not None:
+            claim(trainer, folder, FILE_NAME)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the untrained network."""

@@ -7,8 +7,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from lightning_prune.callbacks.company import together
+from lightning_prune.callbacks.claims import claim
 from lightning_prune.callbacks.events import PruneEvent
-from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.folders import run_folder, tries_out
 from lightning_prune.callbacks.rewind import named_state, require_pruner
 from lightning_prune.checkpoint import Ticket, save_ticket
 from lightning_prune.compact_files import save_compact
@@ -26,6 +27,9 @@ class TicketWriter(Callback):
     Args:
         dirpath: The folder. Default ``None``: ``tickets`` in the run folder; without a logger nothing is written.
 
+    Raises:
+        ConfigError: In ``on_fit_start``: no pruner, or a folder that another run is using or has left tickets in.
+
     State saved: none; a ticket is written again, with the same content, when a resumed run comes to its round again.
     """
 
@@ -39,9 +43,17 @@ class TicketWriter(Callback):
         if stage == "fit":
             require_pruner(trainer, self)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Hold the folder; tickets of an earlier run are not written over."""
+        path = self.ticket_path(trainer, 0)
+        if path is not None:
+            claim(trainer, path.parent, "round-*.safetensors")
+
     def ticket_path(self, trainer: pl.Trainer, round: int) -> Path | None:  # noqa: A002
         """Where the ticket of a round is written, or ``None``."""
         folder = self.dirpath
+        if tries_out(trainer):
+            return None
         if folder is None:
             run = run_folder(trainer)
             folder = None if run is None else run / "tickets"

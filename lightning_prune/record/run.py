@@ -198,5 +198,6 @@ def check_free(folder: str | Path) -> None:
     if path.exists():
         raise ConfigError(
             f"{path} is the record of an earlier run, and a run folder holds one run: resume that run from its "
-            "checkpoint (ckpt_path), or log this one to another folder."
+            "checkpoint (ckpt_path), or log this one to another folder. (A run that ended before its first checkpoint "
+            "cannot be resumed; delete its folder.)"
         )

@@ -37,7 +37,8 @@ after their first sample; ``on_train_start`` runs once more; limits in wall-cloc
 own state alone, and are as exact as that is; at the end of an epoch it has to describe the next one's start.
 """
 
+from lightning_prune.resume.checkpoint_io import AtomicCheckpointIO, save_atomically
 from lightning_prune.resume.generators import undisturbed
 from lightning_prune.resume.state import ResumeState
 
-__all__ = ["ResumeState", "undisturbed"]
+__all__ = ["AtomicCheckpointIO", "ResumeState", "save_atomically", "undisturbed"]

@@ -42,7 +42,14 @@ def describe_data(trainer: "pl.Trainer") -> dict[str, Any]:
         "batch size": [size if isinstance(size, int) else -1 for size in sizes],
         "batches an epoch": [length if length is not None else -1 for length in lengths],
         "data workers": [int(getattr(loader, "num_workers", 0)) for loader in loaders],
+        "seed of the sampler": [_seed(loader) for loader in loaders],
     }
+
+
+def _seed(loader: Any) -> int:
+    """Of a sampler that shuffles by a seed of its own, as ``DistributedSampler`` does; -1 where there is none."""
+    seed = getattr(getattr(loader, "sampler", None), "seed", None)
+    return seed if isinstance(seed, int) else -1
 
 
 def check_data(trainer: "pl.Trainer", then: dict[str, Any], position: str) -> None:
@@ -52,7 +59,7 @@ def check_data(trainer: "pl.Trainer", then: dict[str, Any], position: str) -> No
         ResumeError: They differ, and the checkpoint's place inside an epoch cannot be found any more.
     """
     now = describe_data(trainer)
-    differences = {name: f"{name}: {then[name]} then, {now[name]} now" for name in now if then[name] != now[name]}
+    differences = {name: f"{name}: {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]}
     if not differences:
         return
     listing = "; ".join(differences.values())

@@ -13,6 +13,7 @@ from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.resume.buffers import get_own_buffers, set_own_buffers
 from lightning_prune.resume.generators import find_generators, get_generators, set_generators
 from lightning_prune.resume.limits import (
     BETWEEN_EPOCHS,
@@ -37,7 +38,8 @@ class ResumeState:
     resumed it only reads generators, so a fit gives the same weights with and without it. One instance acts for a
     trainer: further ones stand by.
 
-    State saved: integers, strings, lists and tensors (``weights_only`` loading takes it), about 20 kB a process.
+    State saved: integers, strings, lists and tensors (``weights_only`` loading takes it), about 20 kB a process,
+    and buffers that differ between processes (BatchNorm's statistics under DDP).
 
     Raises:
         ResumeError: On resuming: the state was written by a later version, or, in the middle of an epoch, with another
@@ -107,6 +109,7 @@ class ResumeState:
         own: dict[str, Any] = {
             "now": self._generators(),
             "callback_metrics": {key: value.detach().cpu() for key, value in trainer.callback_metrics.items()},
+            "buffers": get_own_buffers(trainer.lightning_module),
         }
         if epoch.processed == 0 and between:  # before the first batch
             own["iter"] = self._before_setup_iter
@@ -194,6 +197,7 @@ class ResumeState:
         epoch_loop, device = trainer.fit_loop.epoch_loop, trainer.strategy.root_device
         metrics = self._own(state).get("callback_metrics", {})
         trainer.callback_metrics.update({key: value.to(device) for key, value in metrics.items()})
+        set_own_buffers(trainer.lightning_module, self._own(state).get("buffers", {}))
         if state["position"] == BETWEEN_EPOCHS:
             if state["plateau"]:  # it counts epochs, so before `completed` is raised
                 epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
