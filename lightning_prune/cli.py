@@ -1,19 +1,18 @@
 """The command ``lightning-prune``: LightningCLI's subcommands (fit, validate, test, predict) on recipes."""
 
 import importlib
-import itertools
 import os
 import pickle
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
@@ -21,7 +20,8 @@ from lightning_prune.callbacks.claims import claim, give_up
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.remover import COMPACT_NAME
-from lightning_prune.errors import FileFormatError, PruneError
+from lightning_prune.errors import ConfigError, FileFormatError, PruneError
+from lightning_prune.recipes import RecipeCLI, reading, split_trust
 from lightning_prune.record import JSON_NAME, RunRecord
 
 COMMANDS = {
@@ -35,34 +35,6 @@ COMMANDS = {
     "wandb-report": "lightning_prune.commands.wandb_report",
 }
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""
-
-
-class RecipeParser(LightningArgumentParser):
-    """Says what is wrong with a recipe in a line or two, without all options and all types that did not fit either."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one message and leave with exit code 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        print(f"lightning-prune: {essence(message)}", file=sys.stderr)
-        sys.exit(2)
-
-
-def essence(message: str) -> str:
-    """The part of a parser's message that names the wrong value, with the option it stands under.
-
-    A recipe's classes are tried as every type that an option takes, and the parser lists why each did not fit. The
-    innermost class that was named is the one that was meant.
-    """
-    lines = message.splitlines()
-    starts = [i for i, line in enumerate(lines) if line.lstrip(" -").startswith("Problem with given class_path")]
-    if not starts:
-        return message
-    start = starts[-1]
-    depth = len(lines[start]) - len(lines[start].lstrip())
-    block = itertools.takewhile(lambda line: len(line) - len(line.lstrip()) > depth, lines[start + 1 :])
-    said = [lines[start].lstrip(" -"), *(line.strip() for line in block)]
-    return " ".join([lines[0].strip(), *said])
 
 
 class SaveRecipe(SaveConfigCallback):
@@ -94,25 +66,28 @@ class SaveRecipe(SaveConfigCallback):
             give_up(trainer)
 
 
-class PruneCLI(LightningCLI):
+class PruneCLI(RecipeCLI):
     """LightningCLI that tests once after a fit, adds the result to the record and says where the files are."""
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make LightningCLI's parser, with messages of our own."""
-        parser = super().init_parser(**kwargs)
-        parser.__class__ = RecipeParser  # which class it makes cannot be told to every Lightning
-        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add our own options."""
         parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="Evaluate the last round's network on test data once."
         )
+        parser.description = (
+            "A recipe may name classes of lightning_prune, Lightning, torch, torchvision and torchmetrics; others with "
+            "--trust PACKAGE, on the command line only."
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then look at the checkpoint before anything is built."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
+        if command and self.config[command].get("weights_only") is False:
+            raise ConfigError(
+                "weights_only: false would let a checkpoint run code; the command line does not read such checkpoints. "
+                "Load it in a program of your own."
+            )
         checkpoint = self.config[command].get("ckpt_path") if command else None
         if checkpoint and checkpoint not in ("best", "last", "hpc"):
             check_checkpoint(Path(checkpoint))
@@ -213,23 +188,31 @@ def main(args: list[str] | None = None) -> None:
     # lightning's own use of torch, which torch 2.14 announces to change; nothing a user of the command can act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     try:
-        own = _own_command(words[0]) if words else None
-        if own is not None:
-            own(words[1:])
-            return
-        PruneCLI(
-            save_config_callback=SaveRecipe,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            args=args,
-        )
+        names, words = split_trust(words)
+        with reading(names):
+            _run(words, args)
     except Exception as error:
         meant = _meant(error)
         if meant is None:  # a bug, ours or in the user's code: the traceback is what helps
             raise
         print(f"lightning-prune: {type(meant).__name__}: {meant}", file=sys.stderr)
         sys.exit(1)
+
+
+def _run(words: list[str], args: list[str] | None) -> None:
+    own = _own_command(words[0]) if words else None
+    if own is not None:
+        own(words[1:])
+        return
+    if args is None:
+        sys.argv[1:] = words  # LightningCLI reads them there
+    PruneCLI(
+        save_config_callback=SaveRecipe,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        args=None if args is None else words,
+    )
 
 
 def _meant(error: BaseException | None) -> BaseException | None:

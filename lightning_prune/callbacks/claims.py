@@ -87,5 +87,6 @@ def _lock(folder: Path) -> IO[str]:
 
 def _taken(folder: Path, by: Any) -> ConfigError:
     return ConfigError(
-        f"{folder} is in use by {by}, and a run folder holds one run: wait until it has ended, or log to another folder."
+        f"{folder} is in use by {by}, and a run folder holds one run: wait until that has ended, or log to another "
+        "folder."
     )

@@ -172,7 +172,13 @@ class RoundConnectivity(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The last trained network, and the measurements so far."""
-        return {"before": self._before, "rows": list(self.rows), "round": self._round, "seen": self._seen, "density": list(self._density)}
+        return {
+            "before": self._before,
+            "rows": list(self.rows),
+            "round": self._round,
+            "seen": self._seen,
+            "density": list(self._density),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up."""

@@ -170,6 +170,8 @@ class CostProfiler(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the network that was trained."""
+        if self._inputs is None and self._hook is None:  # resumed from the last checkpoint of all: nothing was trained
+            self._inputs = self._find_inputs(trainer, pl_module)
         self._measure(trainer, pl_module, "end")
         self._release()
 

@@ -114,7 +114,7 @@ class SlimmingRegularizer(Callback):
         self._last_round: int | None = None  # in which there is no penalty
         self._plans: dict[int, tuple[list[nn.Parameter], Clusters | None]] = {}  # by optimizer
         self._handles: list[RemovableHandle] = []
-        self._steps = 0
+        self._batches = self._steps = 0
 
     def hyper_parameters(self) -> dict[str, Any]:
         """What the user gave, for the record."""
@@ -145,6 +145,8 @@ class SlimmingRegularizer(Callback):
         rounds = [c.rounds for c in trainer.callbacks if getattr(c, "sends_prune_events", False)]  # type: ignore[attr-defined]
         self._last_round = rounds[0] if rounds else None
         if self.coupled == "group" or self.with_gates:
+            if rounds:  # a resumed fit may cut before its first batch, and the pruner then asks for the gates
+                _ = trainer.estimated_stepping_batches  # makes the loader, as the pruner would right after
             self._inputs = early_inputs(self.example_inputs, trainer, pl_module, self._target)
             if self._inputs is not None:
                 self._trace(trainer)
@@ -221,9 +223,15 @@ class SlimmingRegularizer(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Trace with the first batch where nothing before it told what the network takes."""
+        self._batches += 1
         if (self.coupled == "group" or self.with_gates) and not self._traced:
             assert self._target is not None
-            self._inputs = inputs_of(batch, self._target)
+            self.see(trainer, inputs_of(batch, self._target))
+
+    def see(self, trainer: pl.Trainer, inputs: Any) -> None:
+        """Trace with these inputs, if nothing before them told what the network takes."""
+        if (self.coupled == "group" or self.with_gates) and not self._traced:
+            self._inputs = inputs
             self._trace(trainer)
 
     def on_before_optimizer_step(
@@ -285,14 +293,18 @@ class SlimmingRegularizer(Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log how many scales are near zero; see that a step was seen."""
-        if self._steps == 0 and not pl_module.automatic_optimization and self.update == "subgradient":
+        if self._batches and self._steps == 0 and not pl_module.automatic_optimization and self.update == "subgradient":
             raise ConfigError(
                 "an epoch of manual optimisation never reached on_before_optimizer_step, so the penalty never entered: "
                 "step the optimizers that self.optimizers() gives, not those of configure_optimizers."
             )
         scales = {name: scale.detach().abs() for name, scale in self._scales.items()}
-        near, count = count_near_zero(scales | (self.gates.values if self.gates is not None else {}))
+        near, count = count_near_zero(scales | dict(self._gate_values() or {}))
         pl_module.log("prune/scales_near_zero", near / count)
+
+    def _gate_values(self) -> Mapping[str, Tensor] | None:
+        """The gates, also where a resumed fit has not come to its first batch yet."""
+        return self._saved_gates if self.gates is None else self.gates.state_dict()
 
     # ----------------------------------------------------------------- clean up
 
@@ -312,7 +324,8 @@ class SlimmingRegularizer(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """How many cuts it has seen, and the gates."""
-        return {"round": self.round} | ({} if self.gates is None else {"gates": self.gates.state_dict()})
+        gates = self._gate_values()
+        return {"round": self.round} | ({} if gates is None else {"gates": dict(gates)})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up where a checkpoint stands."""

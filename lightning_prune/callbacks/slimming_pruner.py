@@ -117,6 +117,8 @@ class SlimmingPruner(ChannelRemover):
 
     def score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
         """Absolute BatchNorm scales, and gates; see what they look like."""
+        if self._regularizer is not None:  # it may stand after this callback, and the first batch comes to both
+            self._regularizer.see(trainer, self._inputs)
         gates = self._regularizer.gates if self._regularizer is not None else None
         scores = {}
         for group in graph.groups:

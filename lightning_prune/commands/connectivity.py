@@ -17,6 +17,7 @@ from lightning_prune.instability.lines import measure
 from lightning_prune.instability.planes import measure_planes
 from lightning_prune.instability.report import draw, table
 from lightning_prune.instability.share import Share
+from lightning_prune.recipes import trusted
 from lightning_prune.reports.pictures import check_pictures, draw_plane
 
 RESULT, TABLE = "connectivity.json", "connectivity.md"
@@ -145,4 +146,5 @@ def _chosen(analysis: Analysis, only: str | None) -> list[Unit]:
 def _command(arguments: Sequence[str], unit: Unit) -> str:
     rest = [word for word in arguments if word != "--list"]
     program = Path(sys.argv[0]).name if sys.argv and "lightning-prune" in sys.argv[0] else "lightning-prune"
-    return shlex.join([program, "connectivity", *rest, "--only", unit.name])
+    trust = [f"--trust={','.join(trusted())}"] if trusted() else []
+    return shlex.join([program, "connectivity", *rest, *trust, "--only", unit.name])

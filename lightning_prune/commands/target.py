@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_prune.compact_files import load_compact
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
+from lightning_prune.recipes import essence, parse_yaml
 from lightning_prune.reports.zoo import torchvision_options, zoo
 
 IMAGE_SECTIONS = ("torchvision classification", "torchvision segmentation", "timm")
@@ -139,12 +140,11 @@ def _import(name: str) -> Callable[..., Any]:
 
 def _recipe(path: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """The LightningModule of a recipe, and the input part of its first training batch."""
-    import yaml
     from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningDataModule, LightningModule
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = parse_yaml(path.read_text(encoding="utf-8"))
         parts = {key: content[key] for key in ("model", "data") if key in content}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningModule, "model")
@@ -152,7 +152,7 @@ def _recipe(path: Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
             parser.add_subclass_arguments(LightningDataModule, "data")
         built = parser.instantiate_classes(parser.parse_object(parts))
     except Exception as error:  # jsonargparse and the user's own constructors raise many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(essence(str(error)).split())[:400]
         raise ConfigError(f"--model {path} is no recipe with a model ({type(error).__name__}: {reason}).") from error
 
     def first_batch() -> Any:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import yaml
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_prune.errors import ConfigError, FileFormatError
+from lightning_prune.recipes import RecipeCLI, parse_yaml
 
 _PARTS = ("seed_everything", "model", "data", "trainer", "optimizer", "lr_scheduler")
 
@@ -23,8 +22,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         FileFormatError: No such file, or no recipe.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, FileFormatError) as error:
         raise FileFormatError(f"{path} cannot be read as a recipe: {error}") from error
     if not isinstance(content, dict) or "model" not in content:
         raise FileFormatError(f"{path} is no recipe: expected a YAML file with model, data and trainer.")
@@ -53,7 +52,7 @@ class Built:
         arguments = ["--config", str(recipe), *overrides, f"--seed_everything={seed}", "--trainer.logger=false"]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
-            self._cli = LightningCLI(
+            self._cli = RecipeCLI(
                 run=False,
                 args=arguments,
                 save_config_callback=None,

@@ -59,7 +59,9 @@ def check_data(trainer: "pl.Trainer", then: dict[str, Any], position: str) -> No
         ResumeError: They differ, and the checkpoint's place inside an epoch cannot be found any more.
     """
     now = describe_data(trainer)
-    differences = {name: f"{name}: {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]}
+    differences = {
+        name: f"{name}: {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name]
+    }
     if not differences:
         return
     listing = "; ".join(differences.values())

@@ -140,7 +140,7 @@ CASES: dict[str, Case] = {
             SupermaskScorer(["large_final", "magnitude_increase", "snip", "random"], monitor="val_acc"),
         ],
     ),
-    "random re-initialisation": Case(lambda: [imp(), WeightRewind("0st", reinit=True), LRRewind("0st"), TicketWriter()]),
+    "re-initialisation": Case(lambda: [imp(), WeightRewind("0st", reinit=True), LRRewind("0st"), TicketWriter()]),
     "learning-rate rewinding": Case(lambda: [imp(), LRRewind("0st"), TicketWriter()]),
     "fine-tuning, random pruning": Case(lambda: [imp(control="random_pruning"), TicketWriter()], configure=adam),
     "slimming": Case(

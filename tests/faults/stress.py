@@ -1,6 +1,6 @@
-"""Kills real runs at random moments and resumes them until they are done; all must end bit for bit as an undisturbed one.
+"""Kills real runs at random moments and resumes them until they are done: all must end as an undisturbed one.
 
-``python -m tests.faults.stress --kills 4 --rounds 1 --seed 0 [--moments seconds|batches] [--only CASE] [--processes 1]``
+``python -m tests.faults.stress --kills 4 --rounds 1 --seed 0`` (``--help`` for more)
 
 One process imports everything once and forks a child for every run. The children train; this process waits for a
 random while and sends SIGKILL. After each kill every file in the run folder is read. Prints a table; exit code 1 and

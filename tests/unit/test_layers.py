@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"acceleration", "compressed", "compiled_rows", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
-    {"experiments", "reports"},
+    {"experiments", "recipes", "reports"},
     {"instability"},
     {"commands"},
     {"cli"},
