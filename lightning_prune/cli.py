@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -21,6 +19,7 @@ from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.remover import COMPACT_NAME
 from lightning_prune.errors import ConfigError, FileFormatError, PruneError
+from lightning_prune.files import load_archive
 from lightning_prune.recipes import RecipeCLI, reading, split_trust
 from lightning_prune.record import JSON_NAME, RunRecord
 
@@ -145,11 +144,10 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise FileFormatError(f"--ckpt_path {path}: there is no such file.")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        load_archive(path)
+    except FileFormatError as error:
         raise FileFormatError(
-            f"--ckpt_path {path} is damaged or no checkpoint of tensors and plain values: {reason}"
+            f"--ckpt_path {path} is damaged or no checkpoint of tensors and plain values: {error}"
         ) from error
 
 
@@ -204,8 +202,6 @@ def _run(words: list[str], args: list[str] | None) -> None:
     if own is not None:
         own(words[1:])
         return
-    if args is None:
-        sys.argv[1:] = words  # LightningCLI reads them there
     PruneCLI(
         save_config_callback=SaveRecipe,
         subclass_mode_model=True,

@@ -179,15 +179,44 @@ def check_archive(path: str | Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            for record in archive.infolist():
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise zipfile.BadZipFile("it is compressed, and could hold more than memory does")
+            if sum(record.file_size for record in records) > Path(path).stat().st_size:
+                raise zipfile.BadZipFile("it claims to hold more than it does")
+            for record in records:
                 if record.CRC:
                     with archive.open(record) as content:
                         while content.read(2**20):
                             pass
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except FileNotFoundError as error:
+        raise FileFormatError(f"{path}: there is no such file; expected one that torch.save has written.") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, LookupError) as error:
         raise FileFormatError(
             f"{path} is damaged, or no file that torch.save has written ({error}). Use an earlier checkpoint."
         ) from error
+
+
+def load_archive(path: str | Path, map_location: Any = "cpu") -> Any:
+    """Read a file of ``torch.save`` without running code that is in it, after :func:`check_archive`.
+
+    Raises:
+        FileFormatError: Missing, damaged, or with objects that only code could restore.
+    """
+    check_archive(path)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise FileFormatError(
+            f"{path} cannot be read without running code that is in it, or is damaged: {reason} "
+            "Objects of your own in save_hyperparameters are the usual cause: leave them out (ignore=[...])."
+        ) from error
+    except MemoryError as error:
+        raise FileFormatError(f"{path} asks for more memory than there is; it is damaged, or made to.") from error
+    except Exception as error:  # torch.load raises what the damaged bytes happen to lead to
+        reason = (str(error).splitlines() or [""])[0]
+        raise FileFormatError(f"{path} is damaged ({type(error).__name__}: {reason:.200}).") from error
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -198,16 +227,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     """
     if not Path(path).is_file():
         raise FileFormatError(f"{path} does not exist, or is no file; expected a checkpoint of Lightning's.")
-    check_archive(path)
-    try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise FileFormatError(
-            f"{path} cannot be read without running code that is in it, or is damaged: {str(error).splitlines()[0]} "
-            "Objects of your own in save_hyperparameters are the usual cause: leave them out (ignore=[...])."
-        ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise FileFormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
+    checkpoint = load_archive(path, map_location)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise FileFormatError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
     return checkpoint

@@ -16,6 +16,7 @@ from lightning_prune.channels.approximate import normalised_sizes, statistics_of
 from lightning_prune.channels.attention import narrowed, replaced
 from lightning_prune.channels.budget import LEVELS, Budget, CostModel, Family, families, search
 from lightning_prune.channels.labels import FIXED, size_lists, width_attributes
+from lightning_prune.channels.plan_checks import check_content
 from lightning_prune.channels.recording import Value
 from lightning_prune.channels.residual import BlockScores
 from lightning_prune.channels.rules.shape import free_axes
@@ -89,7 +90,9 @@ class RemovalPlan:
             data["keep"] = {n: {int(a): list(i) for a, i in axes.items()} for n, axes in data["keep"].items()}
             data["reads"] = [(str(n), int(a)) for n, a in data["reads"]]
             data["costs"] = {k: (int(v[0]), int(v[1])) for k, v in data["costs"].items()}
-            return cls(**data)
+            plan = cls(**data)
+            check_content(plan)
+            return plan
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, FileFormatError):
                 raise

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_prune.channels.attention import check_kinds, replace
 from lightning_prune.channels.left import check_holders, check_parts, take_out
+from lightning_prune.channels.plan_checks import check_attributes
 from lightning_prune.errors import MaskMismatchError, PruneError
 
 if TYPE_CHECKING:
@@ -56,11 +57,8 @@ def check_fits(plan: "RemovalPlan", model: nn.Module) -> None:
                 "the original width (was the plan carried out already?)."
             )
     check_parts(model, plan)
-    modules = dict(model.named_modules())
-    for name in plan.attributes:
-        if name not in modules:
-            raise MaskMismatchError(f"the plan changes module {name!r}, which this {type(model).__name__} lacks.")
     check_kinds(model, plan.replaced)
+    check_attributes(plan, model)
 
 
 def leaf_attributes(model: nn.Module, plan: "RemovalPlan", groups: Mapping[str, int]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_prune.compact_files import load_compact
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
+from lightning_prune.files import load_archive
 from lightning_prune.recipes import essence, parse_yaml
 from lightning_prune.reports.zoo import torchvision_options, zoo
 
@@ -64,13 +65,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if path.suffix == ".safetensors":
         load_compact(model, path)
         return
+    if not path.is_file():
+        raise FileFormatError(f"--weights {path}: there is no such file.")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_archive(path)
         state = content.get("state_dict", content)
-    except FileNotFoundError as error:
-        raise FileFormatError(f"--weights {path}: there is no such file.") from error
-    except Exception as error:  # torch.load raises what the damaged bytes happen to lead to
-        raise FileFormatError(f"--weights {path} is no checkpoint of tensors ({type(error).__name__}).") from error
+    except (FileFormatError, AttributeError) as error:
+        raise FileFormatError(f"--weights {path} is no checkpoint of tensors ({error})") from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:

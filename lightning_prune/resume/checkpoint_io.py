@@ -10,7 +10,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lightning_prune.files import atomic_write
+from lightning_prune.files import atomic_write, load_archive
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,6 +32,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with atomic_write(Path(local)) as temporary:
             torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read one file, without running code that is in it unless ``weights_only`` is False.
+
+        Raises:
+            FileFormatError: Missing, damaged, or with objects that only code could restore.
+        """
+        system, local = url_to_fs(str(path))
+        if weights_only is False or not isinstance(system, LocalFileSystem):
+            more = {} if weights_only is None else {"weights_only": weights_only}
+            return super().load_checkpoint(path, map_location, **more)
+        return load_archive(local, map_location)
 
 
 def save_atomically(trainer: "pl.Trainer") -> Callable[[], None]:
