@@ -90,6 +90,31 @@ class Killer(pl.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Forgetful(pl.Callback):
+    """Draws random numbers that no checkpoint holds, and moves a weight by them: no kill can be hidden."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        with torch.no_grad():
+            next(pl_module.parameters())[0] += 0.01 * torch.randn((), generator=self.generator)
+
+
+class Raises(pl.Callback):
+    """Fails in a hook, the nth time it comes."""
+
+    def __init__(self, hook: str, time: int, error: BaseException) -> None:
+        self.left = time
+
+        def fail(*_: Any) -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise error
+
+        setattr(self, hook, fail)
+
+
 def one_cycle(net: nn.Module, steps: int) -> Any:
     optimizer = SGD(net.parameters(), 0.1, momentum=0.9)
     scheduler = OneCycleLR(optimizer, 0.2, total_steps=steps)
@@ -190,6 +215,9 @@ CASES: dict[str, Case] = {
         images=True,
     ),
 }  # fmt: skip
+FORGETFUL = "a callback that forgets"
+HIDDEN = {FORGETFUL: Case(lambda: [imp(), TicketWriter(), Forgetful()])}
+"""Not for those who count cases: it must be found to differ."""
 TOGETHER = ("lottery", "supermask", "slimming", "slimming, gates", "hrank, layer by layer", "channels, taylor")
 """Cases that are run on two processes too."""
 

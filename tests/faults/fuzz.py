@@ -9,6 +9,7 @@ anything else than read or refuse.
 
 import argparse
 import json
+import os
 import pickle
 import random
 import resource
@@ -357,6 +358,24 @@ def attempt(target: Target, path: Path, watcher: Watcher) -> str:
     return watcher.seen[0] if watcher.seen else outcome
 
 
+def check_watcher(watcher: Watcher, home: Path) -> None:
+    """See that it sees what it is there for."""
+    path = home / "probe"
+    path.touch()
+
+    def outcome(read: Callable[[Path], Any]) -> str:
+        return attempt(Target(path.touch, read, lambda *_: None), path, watcher)  # type: ignore[arg-type]
+
+    assert outcome(lambda _: None) == "read"
+    assert outcome(lambda p: p.with_name("beside").touch()) == "read"
+    assert outcome(lambda p: open(p.parent.with_suffix(".outside"), "w").close()).startswith("wrote")
+    assert outcome(lambda p: os.remove(p.parent.with_suffix(".outside"))).startswith("os.remove")
+    assert outcome(lambda _: os.system("true")).startswith("os.system")
+    assert outcome(lambda _: 1 / 0).startswith("ZeroDivisionError")
+    assert outcome(lambda p: p.with_name("exploded").touch()) == "code in the file was run"
+    (home / "exploded").unlink()
+
+
 def _too_slow(*_: Any) -> None:
     raise TimeoutError(f"more than {SECONDS} s")
 
@@ -379,6 +398,7 @@ def main() -> None:
     home = Path(tempfile.mkdtemp(prefix="fuzz-"))
     good = {name: home / f"{name.replace(' ', '_')}.good" for name in TARGETS}
     watcher = Watcher(home)
+    check_watcher(watcher, home)
     for name, target in TARGETS.items():
         target.make(good[name])
         target.read(good[name])  # imports what is imported once

@@ -26,8 +26,9 @@ import torch
 
 from lightning_prune import RunRecord, load_ticket
 from lightning_prune.files import check_archive, read_json, read_tensors
-from tests.faults.cases import CASES, RUN, TOGETHER, Case, Killer, fit, newest
+from tests.faults.cases import CASES, HIDDEN, RUN, TOGETHER, Case, Killer, fit, newest
 
+ALL = CASES | HIDDEN
 LEFT_ALONE = 60.0  # seconds that a process may go on after another of its run was killed
 
 
@@ -172,7 +173,7 @@ class Undisturbed:
         folder = self.home / f"{_short(name)}-{world}-whole"
         if folder.name not in self.seconds:
             begin = time.monotonic()
-            codes = finish(start(CASES[name], folder, world, self.seed))
+            codes = finish(start(ALL[name], folder, world, self.seed))
             assert codes == [0] * world, (name, codes, _logs(folder))
             self.seconds[folder.name] = time.monotonic() - begin
         return folder, self.seconds[folder.name]
@@ -180,7 +181,7 @@ class Undisturbed:
 
 def stress(name: str, world: int, undisturbed: Undisturbed, rng: random.Random, kills: int, by_batches: bool) -> dict:
     """Kill one run up to ``kills`` times, let it end, compare."""
-    case = CASES[name]
+    case = ALL[name]
     folder = undisturbed.home / f"{_short(name)}-{world}-{rng.randrange(10**6)}"
     result: dict[str, Any] = {"case": name, "processes": world, "killed": 0, "files": 0, "resumed": [], "problem": None}
     try:
@@ -222,6 +223,43 @@ def stress(name: str, world: int, undisturbed: Undisturbed, rng: random.Random, 
     return result
 
 
+_NOT_COMPARED = ("timing", "environment", "ModelCheckpoint", "seconds")
+
+
+def _plain(content: Any) -> Any:
+    """What two checkpoints of one moment share: all but durations, versions and paths."""
+    if isinstance(content, dict):
+        left = {k: v for k, v in content.items() if not any(part in str(k) for part in _NOT_COMPARED)}
+        return {key: _plain(value) for key, value in left.items()}
+    return [_plain(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def every_checkpoint(name: str, undisturbed: Undisturbed) -> dict[str, Any]:
+    """Resume a run from each of its checkpoints; each must write the later ones once more, and end the same."""
+    result: dict[str, Any] = {"case": name, "processes": 1, "killed": 0, "checkpoints": 0, "problem": None}
+    try:
+        whole, _ = undisturbed.run(name, 1)
+        files = sorted((whole / RUN / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+        contents = {path.name: _plain(torch.load(path, weights_only=True)) for path in files}
+        end = torch.load(whole / "end.pt", weights_only=True)
+        result["checkpoints"] = len(files)
+        for path in files:
+            again = undisturbed.home / f"{_short(name)}-again"
+            shutil.rmtree(again, ignore_errors=True)
+            again.mkdir()
+            codes = finish([fork(lambda p=path, a=again: fit(ALL[name], a, p), undisturbed.home / "again.0.log")])
+            assert codes == [0], _logs(again)
+            found = difference(end, torch.load(again / "end.pt", weights_only=True))
+            for later in (again / RUN / "checkpoints").glob("*.ckpt"):
+                content = _plain(torch.load(later, weights_only=True))
+                found = found or difference(contents.get(later.name), content, later.name)
+            if found:
+                raise AssertionError(f"resumed from {path.name}: {found}")
+    except Exception as error:
+        result["problem"] = f"{type(error).__name__}: {error}"
+    return result
+
+
 def _short(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
@@ -237,8 +275,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", choices=("seconds", "batches"), default="seconds")
-    parser.add_argument("--only", action="append", default=[], metavar="CASE")
+    parser.add_argument("--only", action="append", default=[], choices=ALL, metavar="CASE")
     parser.add_argument("--processes", type=int, action="append", choices=(1, 2))
+    parser.add_argument("--every-checkpoint", action="store_true", help="kill nothing: resume from each checkpoint")
     parser.add_argument("--json", type=Path, help="where results are written")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -246,10 +285,13 @@ def main() -> None:
     undisturbed, rng = Undisturbed(home, given.seed), random.Random(given.seed)
     results = []
     for _ in range(given.rounds):
-        for world in given.processes or (1, 2):
+        for world in (1,) if given.every_checkpoint else given.processes or (1, 2):
             for name in given.only or (CASES if world == 1 else TOGETHER):
                 begin = time.monotonic()
-                result = stress(name, world, undisturbed, rng, given.kills, given.moments == "batches")
+                if given.every_checkpoint:
+                    result = every_checkpoint(name, undisturbed)
+                else:
+                    result = stress(name, world, undisturbed, rng, given.kills, given.moments == "batches")
                 results.append(result)
                 took = time.monotonic() - begin
                 print(f"{name} ({world}): {result['killed']} kills, {result['problem'] or 'equal'} ({took:.0f} s)")

@@ -1,62 +1,67 @@
-"""A run killed at any point and resumed ends as one that was not."""
+"""Runs that are killed anywhere and resumed end as ones that were not: every callback, one process and two."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from lightning_prune import RunRecord
+from tests.faults.cases import CASES, FORGETFUL, TOGETHER
 
 ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def run(folder: Path, kill_at: int, seed: int) -> int:
-    command = [sys.executable, "-m", "tests.faults.victim", str(folder), str(kill_at), str(seed)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
-    return done.returncode
+def stress(folder: Path, *words: str) -> list[dict[str, Any]]:
+    """What the harness found; it forks a process for every run."""
+    command = [sys.executable, "-m", "tests.faults.stress", "--json", str(folder / "found.json"), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENV)
+    assert (folder / "found.json").exists(), done.stderr[-3000:]
+    return json.loads((folder / "found.json").read_text())
 
 
-def same(a: Any, b: Any, where: str = "end") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            same(left, right, f"{where}[{i}]")
-    else:
-        assert a == b, where
+def check_survived(found: list[dict[str, Any]]) -> None:
+    for result in found:
+        assert result["problem"] is None, result
+        assert result["killed"], result
+        assert result["files"] > 0, result
 
 
-# 36 (or 31) batches in round 0, then twice 22 (17) that begin at batch 2 of the second epoch; checkpoints every 5 steps
-# and at the end of epochs, so before every cut too.
-@pytest.mark.parametrize(("seed", "kills"), [(0, [8, 30, 23]), (1, [13, 22, 16])])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, seed: int, kills: list[int]) -> None:
-    assert run(tmp_path / "whole", 0, seed) == 0
-    checkpoints = []
-    for kill_at in kills:
-        assert run(tmp_path / "killed", kill_at, seed) == -signal.SIGKILL
-        files = list((tmp_path / "killed").rglob("*.ckpt"))
-        checkpoints.append(max(files, key=lambda p: p.stat().st_mtime_ns))
-    assert run(tmp_path / "killed", 0, seed) == 0
-    whole = torch.load(tmp_path / "whole" / "end.pt", weights_only=True)
-    killed = torch.load(tmp_path / "killed" / "end.pt", weights_only=True)
-    same(whole, killed)
-    records = [RunRecord.read(tmp_path / name / "run" / "v") for name in ("whole", "killed")]
-    assert records[0].comparable() == records[1].comparable()
-    assert len(records[0].rounds) == 3
-    for file in checkpoints:  # otherwise the test would pass on a run that stands still
-        weights = torch.load(file, weights_only=True)["state_dict"]
-        assert any(not torch.equal(weights[name], whole["weights"][name]) for name in weights)
-    tickets = [sorted((tmp_path / name).rglob("*.safetensors")) for name in ("whole", "killed")]
-    assert len(tickets[0]) == 2
-    assert [a.read_bytes() for a in tickets[0]] == [b.read_bytes() for b in tickets[1]]
+def test_every_callback_goes_on_after_a_kill(tmp_path: Path) -> None:
+    words = [word for name in (*CASES, FORGETFUL) for word in ("--only", name)]
+    found = stress(tmp_path, "--kills", "1", "--moments", "batches", "--processes", "1", *words)
+    *real, forgetful = found
+    assert [result["case"] for result in real] == list(CASES)
+    check_survived(real)
+    assert sum(result["resumed"] != [None] for result in real) > len(CASES) / 2  # most have not begun anew
+    assert "weights" in forgetful["problem"]  # a callback that forgets its random numbers is found out
+
+
+@pytest.mark.distributed
+def test_a_killed_process_of_two(tmp_path: Path) -> None:
+    words = ["--kills", "1", "--moments", "batches", "--processes", "2", "--only", "lottery", "--only", "slimming"]
+    check_survived(stress(tmp_path, *words))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(3600)
+def test_many_kills_at_random_moments(tmp_path: Path) -> None:
+    found = stress(tmp_path, "--kills", "5", "--seed", "7")
+    assert [result["case"] for result in found] == [*CASES, *TOGETHER]
+    assert all(result["problem"] is None for result in found), [r for r in found if r["problem"]]
+    assert sum(result["killed"] for result in found) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_checkpoint_leads_to_the_same_checkpoints(tmp_path: Path) -> None:
+    """Whatever a kill leaves behind: so no number of kills in a row can end elsewhere."""
+    found = stress(tmp_path, "--every-checkpoint")
+    assert [result["case"] for result in found] == list(CASES)
+    for result in found:
+        assert result["problem"] is None, result
+        assert result["checkpoints"] >= 7, result
