@@ -26,7 +26,7 @@ from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_sched
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.task import describe_task
 from lightning_prune.callbacks.tickets import TicketWriter
-from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.errors import ConfigError, PruneError, ResumeError
 from lightning_prune.files import check_archive
 from lightning_prune.record import RunRecord
 from lightning_prune.resume import ResumeState, save_atomically
@@ -337,6 +337,18 @@ class RoundPruner(Callback):
         """Take up where a checkpoint stands; more rounds than it was written for are allowed."""
         if self._schedule is None:  # a test or a prediction needs the weights only
             return
+        try:
+            self._take_up(state_dict)
+        except PruneError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ResumeError(
+                f"the checkpoint's state of {type(self).__name__} is damaged, or of another version of this library "
+                f"({type(error).__name__}: {error!s:.200}). Resume from another checkpoint."
+            ) from error
+
+    def _take_up(self, state_dict: dict[str, Any]) -> None:
+        assert self._schedule is not None
         ours = self.hyper_parameters()
         for key, saved in state_dict["hyper_parameters"].items():
             if ours.get(key) != saved:

@@ -363,6 +363,7 @@ class ChannelRemover(RoundPruner):
             "costs": None if self._costs is None else {what: list(pair) for what, pair in self._costs.items()},
             "groups": {name: list(pair) for name, pair in self._groups.items()},
             "digest": self._digest,
+            "frozen": [dict(axis) for axis in self._frozen],
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -371,6 +372,7 @@ class ChannelRemover(RoundPruner):
         self._costs = None if costs is None else {what: (now, whole) for what, (now, whole) in costs.items()}
         self._groups = {name: (now, whole) for name, (now, whole) in state["groups"].items()}
         self._digest = state["digest"]
+        self._frozen = [dict(axis) for axis in state.get("frozen", [])]
 
 
 def check_count(name: str, value: Any) -> None:

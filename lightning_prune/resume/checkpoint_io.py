@@ -10,6 +10,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from lightning_prune.errors import WriteError
 from lightning_prune.files import atomic_write, load_archive
 
 
@@ -30,8 +31,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or not isinstance(system, LocalFileSystem):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_write(Path(local)) as temporary:
-            torch.save(checkpoint, temporary)
+        try:
+            with atomic_write(Path(local)) as temporary:
+                torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # of torch's writer, which does not say what the system said
+            if not any(part in str(error) for part in ("inline_container", "iostream", "PytorchStreamWriter")):
+                raise
+            raise WriteError(
+                f"could not write {local}; what was there before is unchanged. Check free space and permissions."
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read one file, without running code that is in it unless ``weights_only`` is False.
