@@ -15,7 +15,8 @@ data, world size and number of workers. It holds for checkpoints written
   epoch's earlier batches are loaded once more and thrown away.
 
 Generators that are followed: the global ones of torch (CPU, and CUDA once it is in use), Python and NumPy, those of
-worker processes, and any torch ``generator`` that a training loader or its samplers hold. What a training epoch has
+worker processes, and any torch ``generator`` that a training loader or its samplers hold. With several processes each
+one's own buffers, such as BatchNorm's statistics, come back too: Lightning saves rank 0's. What a training epoch has
 summed up so far goes on as well: values given to ``self.log`` and torchmetrics held by the module.
 
 **Outside the promise**, each with a warning when such a checkpoint is resumed:
@@ -28,8 +29,8 @@ summed up so far goes on as well: values given to ``self.log`` and torchmetrics 
 - persistent workers that draw random numbers, after the first epoch;
 - what a LightningModule does in its own ``on_train_batch_end`` or ``on_validation_end``: Lightning calls it after the
   checkpoint is written;
-- another number of workers, and between epochs another world size, batch size or length of the data (in the middle of
-  an epoch these are an error).
+- another number of workers, and between epochs another world size, batch size, length of the data or seed of its
+  ``DistributedSampler``, which is ``seed_everything``'s (in the middle of an epoch these are an error).
 
 Unnoticed: generators that a data set, sampler or model keeps for itself; samplers that draw from a global generator
 after their first sample; ``on_train_start`` runs once more; limits in wall-clock time; several triggers of one
