@@ -201,7 +201,7 @@ class Bomb:
         self.path = str(path)
 
     def __reduce__(self) -> Any:
-        return exec, (f"open({self.path!r}, 'w')",)
+        return exec, (f"import pathlib; pathlib.Path({self.path!r}).touch()",)
 
 
 def _archive_of(path: Path, rng: random.Random) -> None:
@@ -335,7 +335,7 @@ class Watcher:
 
     def _ours(self, path: str | bytes | Path) -> bool:
         text = path.decode() if isinstance(path, bytes) else str(path)
-        return str(Path(text).absolute()).startswith((self.folder, "/dev/null"))
+        return str(Path(text).absolute()).startswith((f"{self.folder}{os.sep}", "/dev/null"))
 
 
 def attempt(target: Target, path: Path, watcher: Watcher) -> str:

@@ -53,7 +53,7 @@ def test_a_full_disk_leaves_the_earlier_file(
         if fails == "write":
             patch.setattr(Path, "write_bytes", _full_disk)
             patch.setattr(Path, "write_text", _full_disk)
-            patch.setattr("lightning_prune.record._write_csv", _full_disk)
+            patch.setattr("lightning_prune.record.run.write_csv", _full_disk)
         else:
             patch.setattr(os, {"sync": "fsync", "rename": "replace"}[fails], _full_disk)
         with pytest.raises(WriteError, match=r"could not write .*: No space left on device; .*unchanged") as caught:

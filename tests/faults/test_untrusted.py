@@ -46,8 +46,15 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "checkpoint of the command line": check_checkpoint,
     "checkpoint of a compact model": lambda path: load_compact_checkpoint(nn.Linear(2, 2), path),  # type: ignore[type-var]
     "weights": lambda path: load_weights(nn.Linear(2, 2), path),
-    "compact weights": lambda path: load_weights(nn.Linear(2, 2), path.rename(path.with_suffix(".safetensors"))),
+    "compact weights": lambda path: load_weights(nn.Linear(2, 2), _renamed(path)),
 }
+
+
+def _renamed(path: Path) -> Path:
+    other = path.with_suffix(".safetensors")
+    return path.rename(other) if path.exists() else other
+
+
 FORMS: dict[str, Callable[[Any, Path], Any]] = {
     "pickle": lambda bomb, path: path.write_bytes(pickle.dumps(bomb)),
     "torch": lambda bomb, path: torch.save({"state_dict": {}, "bomb": bomb}, path),
