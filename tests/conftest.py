@@ -42,7 +42,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible() -> None:
+def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # what one test seeds is not the next one's seed
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (the global generator is what a user's code may draw from)
     torch.manual_seed(0)
