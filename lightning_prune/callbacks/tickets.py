@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from lightning_prune.callbacks.company import together
 from lightning_prune.callbacks.claims import claim
+from lightning_prune.callbacks.company import together
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder, tries_out
 from lightning_prune.callbacks.rewind import named_state, require_pruner
