@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
 from lightning_prune.channels.equality import random_tensors
 
 
@@ -381,6 +383,47 @@ def randomised(model: nn.Module) -> nn.Module:
         for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
             tensor.copy_(values[name])
     return model
+
+
+def spread_weights(model: nn.Module, high: float = 0.5) -> nn.Module:
+    """The model in eval mode with uniform weights and statistics under which every branch counts.
+
+    Args:
+        model: Changed in place.
+        high: Weights lie from -0.5 to this; scales and variances from 0.5 to 1.5.
+    """
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "running_var" in name or (name.endswith("weight") and tensor.dim() == 1):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            elif tensor.is_floating_point():
+                tensor.uniform_(-0.5, high, generator=generator)
+    return model.eval()
+
+
+def check_half_equals_narrow(model: nn.Module, narrow: nn.Module, shape: tuple[int, ...]) -> None:
+    """Cut half of a network's heads; it is the original code built narrow, with weights sliced by NumPy.
+
+    Args:
+        model: In float64, with random weights; loses half of its heads.
+        narrow: The same code built at half the width; takes the weights that stay.
+        shape: Of the input.
+    """
+    original = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
+    x = torch.rand(shape, dtype=torch.float64)
+    plan = plan_removal(trace_channels(model, x), Budget(channels=0.5))
+    assert compact(model, plan, x).error < 1e-12
+    assert list(plan.replaced) == ["attention"]
+    for key, tensor in narrow.state_dict().items():
+        value = original[key]
+        for axis, indices in plan.keep.get(key, {}).items():
+            value = np.take(value, indices, axis=axis)
+        assert value.shape == tuple(tensor.shape), key
+        tensor.copy_(torch.from_numpy(value))
+    with torch.no_grad():
+        assert_close(model(x), narrow(x))
+        assert float(model(x).abs().max()) > 1e-3
 
 
 def assert_close(a: Tensor, b: Tensor) -> None:

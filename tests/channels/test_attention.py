@@ -119,15 +119,15 @@ def test_windowed_attention_at_full_width_is_the_original(cls: type, bias: bool,
     x = torch.rand(2, *size, 8, dtype=torch.float64, requires_grad=True)
     for training in (False, True):
         module.train(training)
-        _same_as_original(module, x)
+        check_same_as_original(module, x)
 
 
 def test_grid_attention_at_full_width_is_the_original() -> None:
     module = randomised(MaxAttention(8, 4, 9))
-    _same_as_original(module, torch.rand(2, 3, 9, 8, dtype=torch.float64, requires_grad=True))
+    check_same_as_original(module, torch.rand(2, 3, 9, 8, dtype=torch.float64, requires_grad=True))
 
 
-def _same_as_original(module: nn.Module, x: Tensor) -> None:
+def check_same_as_original(module: nn.Module, x: Tensor) -> None:
     results = []
     kinds = replaceable(module)
     assert list(kinds) == [""]

@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
 from lightning_prune.channels.attention import replaceable, replaced
-from tests.channels.networks import Net, assert_close, randomised
+from tests.channels.networks import Net, assert_close, check_half_equals_narrow, randomised
 
 timm = pytest.importorskip("timm")
 
@@ -80,19 +79,7 @@ def test_narrowed_it_is_the_original_code_built_narrow(name: str) -> None:
     """Weights sliced by NumPy into the original class at half the width."""
     build, shape = NARROW[name]
     model, narrow = randomised(build(8)), build(4).double().eval()
-    original = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
-    x = torch.rand(shape, dtype=torch.float64)
-    plan = plan_removal(trace_channels(model, x), Budget(channels=0.5))
-    assert compact(model, plan, x).error < 1e-12
-    assert list(plan.replaced) == ["attention"]
-    for key, tensor in narrow.state_dict().items():
-        value = original[key]
-        for axis, indices in plan.keep.get(key, {}).items():
-            value = np.take(value, indices, axis=axis)
-        assert value.shape == tuple(tensor.shape), key
-        tensor.copy_(torch.from_numpy(value))
-    with torch.no_grad():
-        assert_close(model(x), narrow(x))
+    check_half_equals_narrow(model, narrow, shape)
     assert model.attention.num_heads == narrow.attention.num_heads == 2
 
 

@@ -27,23 +27,11 @@ from lightning_prune.channels import (
     trace_channels,
 )
 from lightning_prune.errors import BudgetError, ConfigError, EqualityError, MaskMismatchError, PruneError
-from tests.channels.networks import Attention, Net, conv
+from tests.channels.networks import Attention, Net, conv, spread_weights
 from tests.channels.test_compact import OPTIMIZERS, _fingerprint, _same, _train_step
 
 IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 TOKENS = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(5))
-
-
-def _random(model: nn.Module) -> nn.Module:
-    """Weights and statistics under which every branch counts."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "running_var" in name or (name.endswith("weight") and tensor.dim() == 1):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif tensor.is_floating_point():
-                tensor.uniform_(-0.5, 0.5, generator=generator)
-    return model.eval()
 
 
 def _resnet(block: Any, layers: list[int]) -> nn.Module:
@@ -173,7 +161,7 @@ def _plan(model: nn.Module, inputs: Tensor, keep: float = 0.5, scores: Any = Non
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_blocks_are_found_and_leave_as_by_hand(case: _Case) -> None:
     """Every one of them by itself, half of them, and all."""
-    model = _random(case.build())
+    model = spread_weights(case.build())
     before = _fingerprint(model)
     blocks = find_blocks(trace_channels(model, case.inputs)).removable
     assert sorted(b.name for b in blocks) == sorted(case.blocks(model))
@@ -198,7 +186,7 @@ def test_blocks_are_found_and_leave_as_by_hand(case: _Case) -> None:
 
 def test_a_resnet_without_blocks_is_the_shallower_resnet() -> None:
     """Parameters that stay fill torchvision's own network with fewer blocks, which computes the same."""
-    model = _random(_resnet(BasicBlock, [2, 2, 2, 2]))
+    model = spread_weights(_resnet(BasicBlock, [2, 2, 2, 2]))
     plan = _plan(model, IMAGE, 0.2, lambda block, _: float(block.name.endswith("0")))
     compact(model, plan, IMAGE)
     shallow = _resnet(BasicBlock, [1, 1, 1, 1]).eval()
@@ -210,7 +198,7 @@ def test_a_resnet_without_blocks_is_the_shallower_resnet() -> None:
 def test_torchs_fast_path_gives_the_same(norm_first: bool) -> None:
     """Attention's fused path looks at parameters of modules that have left."""
     for kept in ("self_attn", "linear1"):
-        model = _random(_torch_encoder(norm_first))
+        model = spread_weights(_torch_encoder(norm_first))
         dense = copy.deepcopy(model)
         compact(model, _plan(model, TOKENS, 0.5, lambda b, _, kept=kept: float(kept in b.name)), TOKENS)
         other = "linear1" if kept == "self_attn" else "self_attn"
@@ -271,7 +259,7 @@ def _too_much(plan: RemovalPlan) -> None:
      (_zero, "differs from its masked parent"), (_too_much, "differs from its masked parent|cannot run")],
 )  # fmt: skip
 def test_the_gate_sees_a_wrong_plan(damage: Callable[[RemovalPlan], None], message: str) -> None:
-    model = _random(_resnet(Bottleneck, [3, 1, 1, 1]))
+    model = spread_weights(_resnet(Bottleneck, [3, 1, 1, 1]))
     plan = _plan(model, IMAGE, 0.5, lambda block, _: float(block.name != "layer1.1"))
     before = _fingerprint(model)
     damage(plan)
@@ -347,7 +335,7 @@ def test_optimizers_go_on_without_the_block(kind: str) -> None:
 
 def test_groups_and_schedules_of_an_optimizer_stay() -> None:
     """A group that loses all its parameters stays, empty; schedules go on."""
-    model = _random(_resnet(BasicBlock, [2, 1, 1, 1]))
+    model = spread_weights(_resnet(BasicBlock, [2, 1, 1, 1]))
     own = [p for n, p in model.named_parameters() if n.startswith("layer1.1.")]
     rest = [p for n, p in model.named_parameters() if not n.startswith("layer1.1.")]
     optimizer = torch.optim.AdamW([{"params": own, "lr": 0.5}, {"params": rest, "lr": 0.01}])
@@ -373,7 +361,7 @@ class _Keeping(torch.optim.SGD):
 
 
 def test_optimizers_from_which_nothing_can_be_taken_are_refused() -> None:
-    model = _random(_resnet(BasicBlock, [2, 1, 1, 1]))
+    model = spread_weights(_resnet(BasicBlock, [2, 1, 1, 1]))
     plan = _plan(model, IMAGE, 0.5)
     before = _fingerprint(model)
     with pytest.raises(PruneError, match=r"_Keeping keeps layer1\.\d\.conv1\.weight in 'slow' besides its parameter"):
@@ -421,7 +409,7 @@ def _macs(model: nn.Module, inputs: Tensor) -> int:
 @pytest.mark.parametrize("fraction", [0.8, 0.9, 1.0])
 def test_budgets_are_met_from_below_in_order_of_scores(what: str, fraction: float) -> None:
     """Costs are those of other counters; one block more would exceed the budget."""
-    build = lambda: _random(_resnet(Bottleneck, [4, 3, 2, 2]))  # noqa: E731
+    build = lambda: spread_weights(_resnet(Bottleneck, [4, 3, 2, 2]))  # noqa: E731
     model = build()
     names = [b.name for b in find_blocks(trace_channels(model, IMAGE)).removable]
     order = [names[i] for i in (3, 0, 5, 1, 6, 2, 4)]
@@ -450,14 +438,14 @@ def test_budgets_are_met_from_below_in_order_of_scores(what: str, fraction: floa
 
 
 def test_channels_of_the_cost_are_those_of_the_groups_that_are_left() -> None:
-    model = _random(_resnet(BasicBlock, [2, 2, 1, 1]))
+    model = spread_weights(_resnet(BasicBlock, [2, 2, 1, 1]))
     plan = _plan(model, IMAGE, 0.3)
     compact(model, plan, IMAGE)
     assert plan.costs["channels"][1] == sum(group.size for group in trace_channels(model, IMAGE).groups)
 
 
 def test_the_default_score_is_the_branch_over_what_it_is_added_to() -> None:
-    model = _random(_resnet(BasicBlock, [2, 1, 1, 1]))
+    model = spread_weights(_resnet(BasicBlock, [2, 1, 1, 1]))
     with torch.no_grad():
         model.layer1[1].bn2.weight.mul_(1e-3)
         model.layer1[1].bn2.bias.mul_(1e-3)
@@ -496,7 +484,7 @@ def test_bad_arguments_are_refused() -> None:
 @pytest.mark.parametrize("case", CASES, ids=CASE_IDS)
 def test_plans_are_replayed_and_compact_models_saved_and_loaded(case: _Case, tmp_path: Path) -> None:
     """Blocks leave, then channels; a fresh model follows both plans from the file."""
-    model = _random(case.build())
+    model = spread_weights(case.build())
     plan = RemovalPlan.from_json(json.dumps(_plan(model, case.inputs).to_json()))
     replayed = copy.deepcopy(model)
     compact(model, plan, case.inputs)
@@ -514,7 +502,7 @@ def test_plans_are_replayed_and_compact_models_saved_and_loaded(case: _Case, tmp
 
 
 def test_blocks_leave_after_channels_too() -> None:
-    model = _random(_resnet(Bottleneck, [3, 1, 1, 1]))
+    model = spread_weights(_resnet(Bottleneck, [3, 1, 1, 1]))
     compact(model, plan_removal(trace_channels(model, IMAGE), Budget(channels=0.5)), IMAGE)
     dense = copy.deepcopy(model)
     plan = _plan(model, IMAGE, 0.1)
@@ -547,7 +535,7 @@ def test_modes_hooks_and_memory_of_what_left() -> None:
 
 
 def test_a_compiled_block_leaves() -> None:
-    model = _random(_resnet(BasicBlock, [2, 1, 1, 1]))
+    model = spread_weights(_resnet(BasicBlock, [2, 1, 1, 1]))
     dense = copy.deepcopy(model)
     model.layer1[1] = torch.compile(model.layer1[1], backend="eager")
     plan = _plan(model, IMAGE, 0.5, lambda block, _: float(block.name != "layer1.1"))

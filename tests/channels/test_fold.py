@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lightning_prune.channels import Budget, compact, plan_removal, score_batch_norm, trace_channels
 from lightning_prune.channels.fold import Fold, find_folds
 from lightning_prune.errors import EqualityError
-from tests.channels.networks import Net, conv
+from tests.channels.networks import Net, conv, spread_weights
 
 INPUTS = torch.rand(3, 3, 9, 9, generator=torch.Generator().manual_seed(2))
 
@@ -86,14 +86,7 @@ IDS = [case.name for case in CASES]
 
 
 def _random(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "running_var" in name or (name.endswith("weight") and tensor.dim() == 1):
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif tensor.is_floating_point():
-                tensor.uniform_(-0.5, 0.7, generator=generator)
-    return model.eval().double()
+    return spread_weights(model, high=0.7).double()
 
 
 def _example(case: _Case) -> Tensor:

@@ -16,7 +16,7 @@ from lightning_prune.channels.attention import replace, replaceable
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import EqualityError, MaskMismatchError, PruneError
 from tests.channels.attention_networks import NARROW, Block, X
-from tests.channels.networks import RotaryAttention, assert_close, randomised
+from tests.channels.networks import RotaryAttention, assert_close, check_half_equals_narrow, randomised
 
 HALF = Budget(channels=0.5)
 
@@ -26,20 +26,7 @@ def test_narrow_attention_is_the_original_code_built_narrow(name: str) -> None:
     """Weights sliced by NumPy into the original class at half the width; its attributes are what ours became."""
     build, by_hand, shape = NARROW[name]
     model, narrow = randomised(build()), by_hand().double().eval()
-    original = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
-    x = torch.rand(shape, dtype=torch.float64)
-    plan = plan_removal(trace_channels(model, x), HALF)
-    assert compact(model, plan, x).error < 1e-12
-    assert list(plan.replaced) == ["attention"]
-    for key, tensor in narrow.state_dict().items():
-        value = original[key]
-        for axis, indices in plan.keep.get(key, {}).items():
-            value = np.take(value, indices, axis=axis)
-        assert value.shape == tuple(tensor.shape), key
-        tensor.copy_(torch.from_numpy(value))
-    with torch.no_grad():
-        assert_close(model(x), narrow(x))
-        assert float(model(x).abs().max()) > 1e-3
+    check_half_equals_narrow(model, narrow, shape)
     ours, wanted = vars(model.attention), vars(narrow.attention)
     for key, value in wanted.items():
         if isinstance(value, (int, float, list)) and not key.startswith("_"):

@@ -62,7 +62,9 @@ def test_a_budget_out_of_range(fraction: float) -> None:
         Budget(macs=fraction)
 
 
-def refused(tmp_path: Path, error: Any, message: str, callbacks: list[Any], module: Any = None, **options: Any) -> None:
+def check_refused(
+    tmp_path: Path, error: Any, message: str, callbacks: list[Any], module: Any = None, **options: Any
+) -> None:
     """The fit is refused, and nothing was trained or written."""
     module = module or ToyModule(wide_network())
     before = [p.detach().clone() for p in module.parameters()]
@@ -90,13 +92,13 @@ def refused(tmp_path: Path, error: Any, message: str, callbacks: list[Any], modu
     ],
 )
 def test_times_that_do_not_fit(tmp_path: Path, at: Any, message: str) -> None:
-    refused(tmp_path, ConfigError, message, [pruner(at=at)])
+    check_refused(tmp_path, ConfigError, message, [pruner(at=at)])
 
 
 def test_times_and_rewinding(tmp_path: Path) -> None:
-    refused(tmp_path, ConfigError, r"at=3st does not lie after the rewinding point, 1ep",
+    check_refused(tmp_path, ConfigError, r"at=3st does not lie after the rewinding point, 1ep",
             [pruner(at="3st"), LRRewind("1ep")])  # fmt: skip
-    refused(tmp_path, ConfigError, r"at=3ep: training ends", [pruner(at="3ep"), LRRewind("0st")])
+    check_refused(tmp_path, ConfigError, r"at=3ep: training ends", [pruner(at="3ep"), LRRewind("0st")])
 
 
 class Stream(IterableDataset):
@@ -106,12 +108,12 @@ class Stream(IterableDataset):
 
 def test_a_percentage_of_what_has_no_length(tmp_path: Path) -> None:
     message = r"at=50%: the length of this training in steps is not known.*Give the time in steps"
-    refused(tmp_path, ConfigError, message, [pruner()], data=DataLoader(Stream(), 4))
+    check_refused(tmp_path, ConfigError, message, [pruner()], data=DataLoader(Stream(), 4))
 
 
 def test_what_stands_beside(tmp_path: Path) -> None:
-    refused(tmp_path, ConfigError, "two pruners in one trainer", [pruner(), IterativeMagnitudePruner(0.2, 1)])
-    refused(tmp_path, ConfigError, "StochasticWeightAveraging changes the Trainer's length",
+    check_refused(tmp_path, ConfigError, "two pruners in one trainer", [pruner(), IterativeMagnitudePruner(0.2, 1)])
+    check_refused(tmp_path, ConfigError, "StochasticWeightAveraging changes the Trainer's length",
             [pruner(), StochasticWeightAveraging(0.1)])  # fmt: skip
     with pytest.raises(ConfigError, match=r"FSDPStrategy holds parameters in a form of its own"):
         pruner().make_schedule(type("Trainer", (), {"strategy": FSDPStrategy.__new__(FSDPStrategy)})())
@@ -119,7 +121,7 @@ def test_what_stands_beside(tmp_path: Path) -> None:
 
 def test_optimizers_that_cannot_be_sliced(tmp_path: Path) -> None:
     lbfgs = ToyModule(wide_network(), lambda net: LBFGS(net.parameters()))
-    refused(tmp_path, ConfigError, "LBFGS keeps state that is not one tensor a parameter", [pruner()], lbfgs)
+    check_refused(tmp_path, ConfigError, "LBFGS keeps state that is not one tensor a parameter", [pruner()], lbfgs)
 
     class Factored(SGD):
         def step(self, closure: Any = None) -> Any:
@@ -166,16 +168,16 @@ class Asks(ToyModule):
 
 def test_modules_that_do_not_say_what_to_prune(tmp_path: Path) -> None:
     several = r"Two defines no forward\(\), and its weights lie in several places \(network, other"
-    refused(tmp_path, ConfigError, several, [pruner()], Two())
-    refused(tmp_path, ConfigError, r"module='net': this ToyModule has no such module; its children: network",
+    check_refused(tmp_path, ConfigError, several, [pruner()], Two())
+    check_refused(tmp_path, ConfigError, r"module='net': this ToyModule has no such module; its children: network",
             [pruner(module="net")])  # fmt: skip
-    refused(tmp_path, ConfigError, r"exclude: 'hed' matches no parameter", [pruner(exclude=["hed"])])
-    refused(tmp_path, ConfigError, r"the training batch does not tell what Asks.forward\(x, lengths, mask\) takes",
-            [pruner()], Asks(wide_network()))  # fmt: skip
+    check_refused(tmp_path, ConfigError, r"exclude: 'hed' matches no parameter", [pruner(exclude=["hed"])])
+    untold = r"the training batch does not tell what Asks.forward\(x, lengths, mask\) takes"
+    check_refused(tmp_path, ConfigError, untold, [pruner()], Asks(wide_network()))
 
 
 def test_copies_that_would_keep_their_width(tmp_path: Path) -> None:
-    refused(tmp_path, ConfigError, r"average is an AveragedModel inside the module.*EMAWeightAveraging callback",
+    check_refused(tmp_path, ConfigError, r"average is an AveragedModel inside the module.*EMAWeightAveraging callback",
             [pruner()], Averaged())  # fmt: skip
     with pytest.warns(UserWarning, match=r"teacher looks like a copy of network that the forward pass does not use"):
         trainer(tmp_path, [pruner()], max_epochs=2).fit(Teacher(), *loaders())
@@ -183,12 +185,14 @@ def test_copies_that_would_keep_their_width(tmp_path: Path) -> None:
 
 def test_networks_that_cannot_be_cut(tmp_path: Path) -> None:
     one = ToyModule(nn.Sequential(nn.Linear(12, 3)))
-    refused(tmp_path, ConfigError, r"no channel of Sequential can leave", [pruner()], one)
-    refused(tmp_path, TraceError, r"cannot be run with these example inputs", [pruner(example_inputs=torch.rand(2, 5))])
-    refused(tmp_path, BudgetError, r"cannot be met", [pruner(budget=Budget(params=0.01))])
-    refused(tmp_path, BudgetError, r"cannot be met", [pruner(budget=Budget(params=0.2), min_channels=12)])
+    check_refused(tmp_path, ConfigError, r"no channel of Sequential can leave", [pruner()], one)
+    check_refused(
+        tmp_path, TraceError, r"cannot be run with these example inputs", [pruner(example_inputs=torch.rand(2, 5))]
+    )
+    check_refused(tmp_path, BudgetError, r"cannot be met", [pruner(budget=Budget(params=0.01))])
+    check_refused(tmp_path, BudgetError, r"cannot be met", [pruner(budget=Budget(params=0.2), min_channels=12)])
     plain = ToyModule(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)))
-    refused(tmp_path, ConfigError, r"no group of this Sequential passes a BatchNorm", [pruner("bn_scale")], plain)
+    check_refused(tmp_path, ConfigError, r"no group of this Sequential passes a BatchNorm", [pruner("bn_scale")], plain)
 
 
 def test_a_function_that_gives_no_scores(tmp_path: Path) -> None:

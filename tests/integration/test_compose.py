@@ -55,7 +55,8 @@ class Watch(pl.Callback):
             self.checked += int((~mask).sum())
 
 
-def fit(tmp_path: Path, module: pl.LightningModule, extra: list[Any], data: Any = None, **options: Any) -> Watch:
+def check_fit(tmp_path: Path, module: pl.LightningModule, extra: list[Any], data: Any = None, **options: Any) -> Watch:
+    """Fit, and see after every step that pruned weights are 0."""
     prune = next((c for c in extra if isinstance(c, IterativeMagnitudePruner)), None) or pruner()
     watch = Watch(prune)
     callbacks = [c for c in extra if c is not prune]
@@ -80,13 +81,13 @@ def fit(tmp_path: Path, module: pl.LightningModule, extra: list[Any], data: Any 
 @pytest.mark.parametrize("rewind", [[], [LRRewind("1ep")], [WeightRewind("1ep", optimizer_state="reset")]])
 def test_every_optimizer_keeps_pruned_weights_at_zero(tmp_path: Path, build: Any, rewind: list[Any]) -> None:
     module = ToyModule(configure=lambda net: build(net.parameters()))
-    fit(tmp_path, module, list(rewind))
+    check_fit(tmp_path, module, list(rewind))
     assert nonzero(module.network) == KEPT
 
 
 def test_lbfgs_moves_no_pruned_weight(tmp_path: Path) -> None:
     module = ToyModule(toy_network(norm=False), lambda net: LBFGS(net.parameters(), lr=0.1, max_iter=4))
-    fit(tmp_path, module, [])
+    check_fit(tmp_path, module, [])
     assert nonzero(module.network) == KEPT
 
 
@@ -110,7 +111,7 @@ class Odd(Optimizer):
 
 def test_an_unknown_optimizer_is_held_too(tmp_path: Path) -> None:
     module = ToyModule(configure=lambda net: Odd(net.parameters()))
-    fit(tmp_path, module, [])
+    check_fit(tmp_path, module, [])
 
 
 class Noisy(ToyModule):
@@ -122,7 +123,7 @@ class Noisy(ToyModule):
 
 
 def test_gradients_written_by_the_module_move_no_pruned_weight(tmp_path: Path) -> None:
-    fit(tmp_path, Noisy(), [])
+    check_fit(tmp_path, Noisy(), [])
 
 
 def test_pruned_entries_weigh_in_no_norm(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_pruned_entries_weigh_in_no_norm(tmp_path: Path) -> None:
             norms.append((float(torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)), float(alone)))
 
     prune = pruner()
-    fit(tmp_path, Clipped(), [prune], gradient_clip_val=0.1)
+    check_fit(tmp_path, Clipped(), [prune], gradient_clip_val=0.1)
     assert norms
     for total, alone in norms:
         assert total == pytest.approx(alone, rel=1e-6)
@@ -153,10 +154,10 @@ def test_gradient_accumulation_counts_steps(tmp_path: Path) -> None:
 
 def test_bf16(tmp_path: Path) -> None:
     module = ToyModule()
-    fit(tmp_path, module, [WeightRewind("1ep"), LRRewind("1ep")], precision="bf16-mixed")
+    check_fit(tmp_path, module, [WeightRewind("1ep"), LRRewind("1ep")], precision="bf16-mixed")
     assert nonzero(module.network) == KEPT
     true = ToyModule()
-    fit(tmp_path, true, [WeightRewind("1ep"), LRRewind("1ep")], precision="bf16-true")
+    check_fit(tmp_path, true, [WeightRewind("1ep"), LRRewind("1ep")], precision="bf16-true")
     assert nonzero(true.network) == KEPT
 
 
@@ -178,7 +179,7 @@ class Manual(ToyModule):
 @pytest.mark.parametrize("raw", [False, True])
 def test_manual_optimisation(tmp_path: Path, raw: bool) -> None:
     module = Manual(raw)
-    fit(tmp_path, module, [WeightRewind("25%"), LRRewind("25%")])
+    check_fit(tmp_path, module, [WeightRewind("25%"), LRRewind("25%")])
     assert nonzero(module.network) == KEPT
 
 
@@ -246,7 +247,7 @@ def test_a_module_that_takes_dictionaries_of_text(tmp_path: Path) -> None:
 
 def test_compiled_module(tmp_path: Path) -> None:
     module = ToyModule(torch.compile(toy_network(), backend="eager"))
-    fit(tmp_path, module, [WeightRewind("1ep"), LRRewind("1ep"), TicketWriter()])
+    check_fit(tmp_path, module, [WeightRewind("1ep"), LRRewind("1ep"), TicketWriter()])
     assert nonzero(module.network) == KEPT
     plain = ToyModule()
     load_ticket(tmp_path / "run" / "version_0" / "tickets" / "round-02.safetensors").apply_(plain)
@@ -320,7 +321,7 @@ def test_averaged_copies_stay_sparse(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             seen.append(nonzero(average._average_model))
 
-    fit(tmp_path, module, [average, WeightRewind("0st"), Look()])
+    check_fit(tmp_path, module, [average, WeightRewind("0st"), Look()])
     assert seen == [240, 240, 168, 168, KEPT, KEPT]
     assert nonzero(module.network) == KEPT
 
@@ -336,7 +337,7 @@ def test_learning_rate_monitor(tmp_path: Path) -> None:
         optimizer = SGD(net.parameters(), 0.1)
         return [optimizer], [lrs.CosineAnnealingLR(optimizer, 2)]
 
-    fit(tmp_path, ToyModule(configure=configure), [LearningRateMonitor(), LRRewind("0st")])
+    check_fit(tmp_path, ToyModule(configure=configure), [LearningRateMonitor(), LRRewind("0st")])
     text = (tmp_path / "run" / "version_0" / "metrics.csv").read_text()
     assert "lr-SGD" in text
     assert "prune/density" in text
@@ -414,11 +415,11 @@ def test_reduce_on_plateau_repeats_at_epoch_boundaries_and_is_refused_inside(tmp
 
 def test_random_reinitialisation_and_random_pruning_controls(tmp_path: Path) -> None:
     first = ToyModule()
-    fit(tmp_path / "a", first, [WeightRewind("0st"), LRRewind("0st"), TicketWriter()])
+    check_fit(tmp_path / "a", first, [WeightRewind("0st"), LRRewind("0st"), TicketWriter()])
     tickets = tmp_path / "a" / "run" / "version_0"
     prune = pruner(masks_from=tickets)
     second = ToyModule()
-    fit(tmp_path / "b", second, [prune, WeightRewind("0st", reinit=True), LRRewind("0st"), TicketWriter()])
+    check_fit(tmp_path / "b", second, [prune, WeightRewind("0st", reinit=True), LRRewind("0st"), TicketWriter()])
     ours, theirs = (
         load_ticket(t / "tickets" / "round-02.safetensors") for t in (tickets, tmp_path / "b/run/version_0")
     )
@@ -427,11 +428,11 @@ def test_random_reinitialisation_and_random_pruning_controls(tmp_path: Path) -> 
     assert not torch.equal(ours.weights[name], theirs.weights[name])
     shuffled = pruner(control="random_pruning", seed=3)
     third = ToyModule()
-    fit(tmp_path / "c", third, [shuffled, WeightRewind("0st")])
+    check_fit(tmp_path / "c", third, [shuffled, WeightRewind("0st")])
     assert nonzero(third.network) == KEPT
     plain = pruner()
     fourth = ToyModule()
-    fit(tmp_path / "d", fourth, [plain, WeightRewind("0st")])
+    check_fit(tmp_path / "d", fourth, [plain, WeightRewind("0st")])
     counts = [RunRecord.read(tmp_path / run / "run" / "version_0").rounds[1].per_layer for run in "cd"]
     assert counts[0] == counts[1]
     assert (shuffled.masks[name] != plain.masks[name]).any()

@@ -21,7 +21,7 @@ SPREAD = [
 ]
 
 
-def _check(entry: ZooModel) -> None:
+def check_entry(entry: ZooModel) -> None:
     row = check_model(entry, Budget(channels=0.5))
     assert row.failure == ""
     if row.note == NOTHING:
@@ -38,7 +38,7 @@ def _check(entry: ZooModel) -> None:
 def test_a_spread_of_networks(name: str) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm")
-    _check(ENTRIES[name])
+    check_entry(ENTRIES[name])
 
 
 @pytest.mark.zoo
@@ -46,4 +46,4 @@ def test_a_spread_of_networks(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [n for n in ENTRIES if n not in SPREAD])
 def test_every_network(name: str) -> None:
-    _check(ENTRIES[name])
+    check_entry(ENTRIES[name])
