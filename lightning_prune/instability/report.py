@@ -107,11 +107,13 @@ def _draw_lines(lines: Sequence[Line], split: str, path: Path) -> None:
             (drawn,) = axis.plot(curves[0]["alphas"], errors.mean(0), label=label)
             axis.fill_between(curves[0]["alphas"], errors.min(0), errors.max(0), alpha=0.2, color=drawn.get_color())
         axis.set(title=f"BatchNorm: {title}", xlabel="place on the line", ylabel=f"error, {split} (%)")
-        axis.legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
     write_figure(figure, path)
 
 
 def _draw_barriers(lines: Sequence[Line], split: str, axis_name: str, label: str, path: Path) -> None:
+    """One curve a ticket or step and treatment, with the 95 % interval over seeds."""
     figure, (axis,) = make_figure(1)
     fixed = "density" if axis_name == "step" else "step"
     for (value, title), own in _series(lines, fixed).items():
@@ -124,10 +126,15 @@ def _draw_barriers(lines: Sequence[Line], split: str, axis_name: str, label: str
         axis.errorbar(list(places), [100 * e.mean for e in found], widths, marker="o", label=f"{words}, {title}")
     axis.axhline(100 * STABLE, linestyle=":", color="grey")
     axis.set(xlabel=label, ylabel=f"barrier, {split} (points)")
+    ticks = sorted({line[axis_name] for line in lines})
     if axis_name == "step":
-        axis.set_xscale("symlog")
+        axis.set_xscale("symlog", linthresh=min(tick for tick in ticks if tick > 0))
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     else:
         axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{100 * tick:.3g} %" for tick in ticks])
         axis.invert_xaxis()
-    axis.legend(fontsize="small")
+    axis.minorticks_off()
+    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     write_figure(figure, path)

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
@@ -20,6 +20,18 @@ from torchmetrics import MeanMetric
 from lightning_prune.resume import ResumeState
 
 BATCHES = 6  # of 4 samples
+
+
+class KillAfter(Callback):
+    """Save at the end of an epoch, and end the fit there with an error."""
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        self.path, self.epoch = path, epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+            raise RuntimeError("killed")
 
 
 class Noisy(Dataset):

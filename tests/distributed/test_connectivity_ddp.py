@@ -14,7 +14,7 @@ import yaml
 from lightning_prune import ErrorRate, linear_mode_connectivity
 from tests._helpers.models import loaders, toy_network
 from tests.conftest import ROOT
-from tests.distributed.connectivity_worker import Answering
+from tests.distributed.connectivity_worker import Answering, statistic
 from tests.integration.test_instability import RECIPE
 
 pytestmark = pytest.mark.distributed
@@ -47,11 +47,11 @@ def test_rounds_are_measured_as_one_process_would(found: tuple[Path, list[dict[s
     assert first["rows"] == second["rows"] == json.loads((folder / "connectivity.json").read_text())["lines"]
     assert [row["rounds"] for row in first["rows"]] == [[0, 1], [1, 2]]
     kept = torch.load(folder / "networks.pt", weights_only=True)
-    rate = ErrorRate({"val": list(loaders()[1])})
+    error, split = (ErrorRate({"val": list(loaders()[1])}), "val") if job == "validated" else (statistic, "error")
     for row, earlier, later in zip(first["rows"], kept, kept[1:], strict=False):
-        by_hand = linear_mode_connectivity(Answering(toy_network()), earlier, later, rate, points=3)
-        assert row["errors"]["val"] == pytest.approx(by_hand.errors["val"])
-    assert len(set(first["rows"][0]["errors"]["val"])) > 1
+        by_hand = linear_mode_connectivity(Answering(toy_network()), earlier, later, error, points=3)
+        assert row["errors"][split] == pytest.approx(by_hand.errors[split])
+    assert len(set(first["rows"][0]["errors"][split])) > 1
 
 
 @pytest.mark.parametrize("point", ["0st", "2st"])

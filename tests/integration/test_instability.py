@@ -16,7 +16,9 @@ from lightning_prune.cli import main
 from lightning_prune.experiments import TensorLoader
 from lightning_prune.instability.analysis import Analysis, Settings, Unit, find_tickets
 from lightning_prune.instability.branches import BranchPoints, SGDNoise, TrainTicket
+from lightning_prune.instability.lines import Measuring
 from lightning_prune.instability.recipe import Built, read_recipe
+from tests._helpers.resuming import KillAfter
 
 EPOCHS, STEPS = 3, 5  # in all; an epoch
 POINTS = ["0st", "2st", "1ep", "60%"]
@@ -112,18 +114,6 @@ def test_branches_differ_in_their_noise_alone(trunk: BranchPoints, point: str) -
     assert all(len(set(order)) == len(order) for order in first)  # no example twice in it
 
 
-class Interrupt(Callback):
-    """Save at the end of an epoch and stop there."""
-
-    def __init__(self, epoch: int, path: Path) -> None:
-        self.epoch, self.path = epoch, path
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == self.epoch:
-            trainer.save_checkpoint(self.path)
-            raise RuntimeError("killed")
-
-
 @pytest.mark.parametrize("ticket", [False, True])
 def test_an_interrupted_branch_goes_on_exactly(trunk: BranchPoints, ticket: bool, tmp_path: Path) -> None:
     def callbacks() -> list[Callback]:
@@ -131,7 +121,7 @@ def test_an_interrupted_branch_goes_on_exactly(trunk: BranchPoints, ticket: bool
 
     whole, _ = fit(callbacks(), trunk.path("2st"))
     with pytest.raises(RuntimeError, match="killed"):
-        fit([*callbacks(), Interrupt(1, tmp_path / "last.ckpt")], trunk.path("2st"))
+        fit([*callbacks(), KillAfter(tmp_path / "last.ckpt", 1)], trunk.path("2st"))
     resumed, trainer = fit(callbacks(), tmp_path / "last.ckpt")
     assert trainer.global_step == EPOCHS * STEPS
     assert equal(whole, resumed)
@@ -375,6 +365,18 @@ def test_a_trunk_keeps_what_it_has_and_a_damaged_point_is_refused(recipe: Path, 
     point.write_bytes(content)
     with pytest.raises(FileFormatError, match=r"2st\.ckpt is damaged"):
         later.run(Unit(0, "2st"))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_errors_are_measured_in_the_recipes_precision(
+    recipe: Path, tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    settings = Settings([f"--trainer.precision={precision}"], ["0st"], [0], splits=["test"])
+    measuring = Measuring(Analysis(tmp_path / "out", recipe, settings))
+    seen: list[torch.dtype] = []
+    measuring.model.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    assert 0 < measuring.error(measuring.model)["test"] < 1
+    assert set(seen) == {dtype}
 
 
 def test_callbacks_that_prune_or_stop_are_left_out(recipe: Path) -> None:

@@ -23,6 +23,7 @@ from lightning_prune import (
     WeightRewind,
     linear_mode_connectivity,
 )
+from tests._helpers.resuming import KillAfter
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] * X[:, 1] > 0).long()
@@ -106,23 +107,11 @@ def test_measuring_changes_nothing(batch_norm: str) -> None:
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-class Stop(Callback):
-    """Save and stop at the end of an epoch."""
-
-    def __init__(self, path: Path, epoch: int) -> None:
-        self.path, self.epoch = path, epoch
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch == self.epoch:
-            trainer.save_checkpoint(self.path)
-            raise RuntimeError("killed")
-
-
 def test_an_interrupted_run_measures_the_same(tmp_path: Path) -> None:
     whole, resumed = RoundConnectivity(points=3), RoundConnectivity(points=3)
     fit(whole)
     with pytest.raises(RuntimeError, match="killed"):
-        fit(RoundConnectivity(points=3), Stop(tmp_path / "a.ckpt", 2))
+        fit(RoundConnectivity(points=3), KillAfter(tmp_path / "a.ckpt", 2))
     fit(resumed, start=tmp_path / "a.ckpt")
     assert resumed.rows == whole.rows
 

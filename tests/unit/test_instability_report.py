@@ -43,6 +43,9 @@ def test_pictures_show_what_varies(tmp_path: Path) -> None:
     sparse = [line(0, 0, 0.3, density=d) for d in (0.5, 0.25)]
     assert draw(sparse, tmp_path / "sparse") == ["lines.svg", "barrier-against-density.svg"]
     assert "</svg>" in (tmp_path / "sparse" / "lines.svg").read_text()
+    for name, places in (("", ("0", "500")), ("sparse/", ("50 %", "25 %"))):  # ticks are where was measured
+        drawn = (tmp_path / f"{name}barrier-against-{'density' if name else 'step'}.svg").read_text()
+        assert all(f"<!-- {place} -->" in drawn for place in places)
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
