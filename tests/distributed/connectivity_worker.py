@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import IterativeMagnitudePruner, LRRewind, RoundConnectivity, TrainTime, WeightRewind
 from lightning_prune.instability.branches import BranchPoints, SGDNoise
+from tests._helpers.keeping import Keeper
 from tests._helpers.models import ToyModule, loaders, toy_data, toy_network
 
 NETWORKS = "networks.pt"
@@ -27,21 +28,6 @@ def trainer(*callbacks: Callback) -> pl.Trainer:
         max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, log_every_n_steps=1,
     )  # fmt: skip
-
-
-class Keeper(Callback):
-    """Keeps rank 0's network of every round."""
-
-    prune_order = -2
-
-    def __init__(self) -> None:
-        self.kept: list[dict[str, Tensor]] = []
-
-    def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: Any) -> None:
-        self.kept.append({n: t.clone() for n, t in pl_module.state_dict().items()})
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_prune(trainer, pl_module, None)
 
 
 class Answering(ToyModule):

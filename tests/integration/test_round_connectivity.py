@@ -23,6 +23,7 @@ from lightning_prune import (
     WeightRewind,
     linear_mode_connectivity,
 )
+from tests._helpers.keeping import Keeper
 from tests._helpers.resuming import KillAfter
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -48,21 +49,6 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 0.5, momentum=0.9)
-
-
-class Keeper(Callback):
-    """Keep each round's trained network, and where each round started."""
-
-    prune_order = -2
-
-    def __init__(self) -> None:
-        self.kept: list[dict[str, Tensor]] = []
-
-    def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: Any) -> None:
-        self.kept.append({n: t.clone() for n, t in pl_module.state_dict().items()})
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.on_prune(trainer, pl_module, None)
 
 
 def fit(
