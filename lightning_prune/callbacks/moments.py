@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
 
 from lightning_prune.callbacks.company import everyones
 from lightning_prune.errors import ConfigError
@@ -129,3 +132,42 @@ def check_frequencies(trainer: pl.Trainer, lengths: Iterable[int]) -> None:
                 f"{type(config.scheduler).__name__} steps every {config.frequency} epochs, a round has {odd[0]}: it "
                 "would step at other places in each round. Choose a length that divides."
             )
+
+
+def check_schedule_length(trainer: pl.Trainer, total_steps: int, epochs: int | None) -> None:
+    """Compare every schedule that has a length with that of one training.
+
+    Raises:
+        ConfigError: A schedule is longer than one training: its later part would never be reached in any round, which
+            is what happens when it is built for the length of all rounds.
+    """
+    for config in trainer.lr_scheduler_configs:
+        length = _schedule_length(config.scheduler)
+        expected = epochs if config.interval == "epoch" else total_steps
+        if length is None or not expected:
+            continue
+        length *= config.frequency
+        unit = "epochs" if config.interval == "epoch" else "steps"
+        name = type(config.scheduler).__name__
+        if length > expected:
+            raise ConfigError(
+                f"{name} is {length} {unit} long, one training {expected} {unit}: no round would reach its end. "
+                "A pruner runs all rounds in one fit and the Trainer's max_epochs/max_steps is the length of *one* "
+                f"training, so build the schedule for that ({expected}). LRRewind(check_length=False) allows it."
+            )
+        if expected - length > 1:
+            rank_zero_warn(f"{name} is {length} {unit} long and one training {expected}: it ends before a round does.")
+
+
+def _schedule_length(scheduler: Any) -> int | None:
+    if isinstance(scheduler, OneCycleLR):
+        return scheduler.total_steps
+    if isinstance(scheduler, CosineAnnealingLR):
+        return scheduler.T_max
+    if isinstance(scheduler, SequentialLR):
+        last = _schedule_length(scheduler._schedulers[-1])
+        return None if last is None else scheduler._milestones[-1] + last
+    if isinstance(getattr(scheduler, "_schedulers", None), list | tuple):
+        lengths = [n for n in map(_schedule_length, scheduler._schedulers) if n is not None]
+        return max(lengths, default=None)
+    return None

@@ -21,8 +21,9 @@ from lightning_prune.callbacks.events import (
 )
 from lightning_prune.callbacks.folders import tries_out
 from lightning_prune.callbacks.logs import add_companions
+from lightning_prune.callbacks.moments import check_schedule_length
 from lightning_prune.callbacks.recorder import RoundRecorder
-from lightning_prune.callbacks.rewind import LRRewind, WeightRewind, check_schedule_length
+from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.task import describe_task
 from lightning_prune.callbacks.tickets import TicketWriter

@@ -7,10 +7,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, SequentialLR
 
 from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.shards import get_snapshot, put_snapshot
@@ -120,6 +118,7 @@ class WeightRewind(_Rewinder):
     Raises:
         ConfigError: A time that cannot be read, an unknown ``optimizer_state``; in ``setup``: no pruner beside it,
             ``reinit`` of sharded parameters.
+        ResumeError: A checkpoint of another rewinding point, or whose parameters were sharded where this run's are not.
 
     Example:
         >>> from lightning_prune import IterativeMagnitudePruner, LRRewind, WeightRewind
@@ -196,10 +195,19 @@ class WeightRewind(_Rewinder):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Take up this process's parts of a sharded snapshot."""
-        about = checkpoint["callbacks"].get(self.state_key, {}).get("sharded")
-        if about is not None and trainer.state.fn == "fit":
-            self._snapshot, self._optimizers = get_snapshot(trainer, named_state(pl_module), about)
-            self._sharded = True
+        saved = checkpoint["callbacks"].get(self.state_key, {})
+        if trainer.state.fn != "fit" or not (saved.get("snapshot") or saved.get("sharded")):
+            return
+        own = named_state(pl_module)
+        self._sharded = any_sharded(own.values())
+        if self._sharded != ("sharded" in saved):
+            then, now = ("sharded", "whole") if "sharded" in saved else ("whole", "sharded")
+            raise ResumeError(
+                f"the checkpoint's rewinding point is of {then} parameters, and this run's parameters are {now}. "
+                "Resume with the strategy that it was written with."
+            )
+        if self._sharded:
+            self._snapshot, self._optimizers = get_snapshot(trainer, own, saved["sharded"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the snapshot of a checkpoint."""
@@ -298,45 +306,6 @@ def require_pruner(trainer: pl.Trainer, callback: Callback) -> None:
             f"{type(callback).__name__} acts at prune events, and no pruner is among the trainer's callbacks. "
             "Add one (IterativeMagnitudePruner, ChannelPruner) or take it out."
         )
-
-
-def check_schedule_length(trainer: pl.Trainer, total_steps: int, epochs: int | None) -> None:
-    """Compare every schedule that has a length with that of one training.
-
-    Raises:
-        ConfigError: A schedule is longer than one training: its later part would never be reached in any round, which
-            is what happens when it is built for the length of all rounds.
-    """
-    for config in trainer.lr_scheduler_configs:
-        length = _schedule_length(config.scheduler)
-        expected = epochs if config.interval == "epoch" else total_steps
-        if length is None or not expected:
-            continue
-        length *= config.frequency
-        unit = "epochs" if config.interval == "epoch" else "steps"
-        name = type(config.scheduler).__name__
-        if length > expected:
-            raise ConfigError(
-                f"{name} is {length} {unit} long, one training {expected} {unit}: no round would reach its end. "
-                "A pruner runs all rounds in one fit and the Trainer's max_epochs/max_steps is the length of *one* "
-                f"training, so build the schedule for that ({expected}). LRRewind(check_length=False) allows it."
-            )
-        if expected - length > 1:
-            rank_zero_warn(f"{name} is {length} {unit} long and one training {expected}: it ends before a round does.")
-
-
-def _schedule_length(scheduler: Any) -> int | None:
-    if isinstance(scheduler, OneCycleLR):
-        return scheduler.total_steps
-    if isinstance(scheduler, CosineAnnealingLR):
-        return scheduler.T_max
-    if isinstance(scheduler, SequentialLR):
-        last = _schedule_length(scheduler._schedulers[-1])
-        return None if last is None else scheduler._milestones[-1] + last
-    if isinstance(getattr(scheduler, "_schedulers", None), list | tuple):
-        lengths = [n for n in map(_schedule_length, scheduler._schedulers) if n is not None]
-        return max(lengths, default=None)
-    return None
 
 
 def _remembered(optimizer: Optimizer) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Snapshots of sharded parameters in checkpoints: in the form in which Lightning saves the parameters themselves.
 
 Where the strategy writes a folder, to which every process adds its part (``torch.distributed.checkpoint``), a snapshot
-is written there as one more entry of the optimizers' states, and is read back on any number of processes. Where the
-strategy brings everything together on rank 0, a snapshot is too, one tensor after the other.
+is written there as one more entry of the optimizers' states, and read back part by part. Where the strategy brings
+everything together on rank 0, a snapshot is too, one tensor after the other.
 """
 
 from collections.abc import Iterator, Mapping

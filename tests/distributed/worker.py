@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -100,7 +101,11 @@ def apply_ticket(folder: Path, world: int) -> Any:
     shard(network, "data and tensor", mesh)
     module = Task(network)
     load_ticket(folder / "one.safetensors").apply_(module)
-    return {name: whole(p).tolist() for name, p in module.named_parameters()}
+    weights = {name: whole(p).tolist() for name, p in module.named_parameters()}
+    rewind = WeightRewind("0st")
+    of_one: Any = {"callbacks": {rewind.state_key: {"snapshot": dict(toy_network().named_parameters())}}}
+    fitting: Any = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    return {"weights": weights, "resumed": error_of(lambda: rewind.on_load_checkpoint(fitting, module, of_one))}
 
 
 def error_of(run: Callable[[], Any]) -> str:
