@@ -61,14 +61,15 @@ def selection(side: int) -> dict[str, Any]:
     rows = side // world
     parts = weights(side, rank * rows, (rank + 1) * rows)
     sharded = {name: DTensor.from_local(part, mesh, [Shard(0)], run_check=False) for name, part in parts.items()}
-    taken: dict[str, list[float]] = {"alone": [], "together": []}
+    taken: dict[str, list[float]] = {"alone": [], "together": [], "cpu alone": [], "cpu together": []}
     for _ in range(6):
         for how, tensors in (("alone", parts), ("together", sharded)):
             torch.distributed.barrier()
             traffic.bytes = 0
-            begin = time.perf_counter()
+            begin, busy = time.perf_counter(), time.process_time()
             masks = select(MagnitudeScores(tensors), density=0.2)
             taken[how].append(time.perf_counter() - begin)
+            taken[f"cpu {how}"].append(time.process_time() - busy)
     sent = traffic.bytes
     return taken | {"sent": sent, "kept": masks.kept, "digest": masks.digest()}
 
