@@ -126,15 +126,15 @@ class WandbReporter(Callback):
         if pruner is None:
             return
         kind = "compact" if event.masks is None else "ticket"
+        per_layer, facts = pruner.counts()["per_layer"], _facts(event)  # of sharded masks every process counts its part
         for run in self._runs:
-            rows = layer_rows(event.round, pruner.counts()["per_layer"], event.scores)
+            rows = layer_rows(event.round, per_layer, event.scores)
             run.table("prune/layers", LAYER_COLUMNS, rows, event.step)
             if self.artifacts and ticket is not None and ticket.exists():
                 name = f"{kind}-{run.identity}"
                 parent = f"{name}:{alias_of(event.round - 1)}" if event.round > 1 else None
-                self._send(
-                    run, name, ticket, alias_of(event.round), lineage(run.identity, event.round, parent, _facts(event))
-                )
+                metadata = lineage(run.identity, event.round, parent, facts)
+                self._send(run, name, ticket, alias_of(event.round), metadata)
 
     def record_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         """The table of measurements, and the last one's histograms."""
