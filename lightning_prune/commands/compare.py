@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_prune.reports.runs import QUANTITIES, Point, Spread, choose_metric, points_of, read_runs
+from lightning_prune.reports.runs import (
+    QUANTITIES,
+    Point,
+    Spread,
+    choose_metric,
+    group_runs,
+    notes_on,
+    points_of,
+    read_runs,
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -29,6 +38,8 @@ def main(arguments: Sequence[str]) -> None:
             print(f"left out: {problem}", file=sys.stderr)
         sides.append(runs)
     metric = choose_metric([*sides[0], *sides[1]], given.metric)
+    for note in notes_on(group_runs([*sides[0], *sides[1]], metric)):
+        print(f"note: {note}", file=sys.stderr)
     console = Console(highlight=False)
     for name, path, runs in zip("AB", (given.first, given.second), sides, strict=True):
         method = escape(" + ".join(runs[0].method))

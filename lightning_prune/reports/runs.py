@@ -208,7 +208,7 @@ def notes_on(groups: Sequence[Group]) -> list[str]:
     notes = []
     data = sorted({str(run.task["data"]) for group in groups for run in group.runs if "data" in run.task})
     if len(data) > 1:
-        notes.append(f"Runs on different data stand in one chart ({', '.join(data)}): their metrics do not compare.")
+        notes.append(f"Runs on different data stand side by side ({', '.join(data)}): their metrics do not compare.")
     networks = {(run.rounds[0].unit, run.rounds[0].total) for group in groups for run in group.runs}
     for unit in sorted({unit for unit, _ in networks}):
         totals = sorted(total for own, total in networks if own == unit)

@@ -146,11 +146,13 @@ def test_other_data_are_named_and_kept_apart(tmp_path: Path, capsys: pytest.Capt
         run.write(tmp_path / name)
     main(["report", str(tmp_path), "--format", "csv"])
     seen = capsys.readouterr()
-    assert "note: Runs on different data stand in one chart (Digits, MNIST)" in seen.err
+    assert "note: Runs on different data stand side by side (Digits, MNIST)" in seen.err
     rows = list(csv.DictReader(io.StringIO(seen.out)))
     assert [row["method"] for row in rows] == ["Pruner (data=Digits)"] * 2 + ["Pruner (data=MNIST)"] * 2
+    main(["compare", str(tmp_path / "Digits"), str(tmp_path / "MNIST")])
+    assert "note: Runs on different data" in capsys.readouterr().err
     main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")])
-    assert "different data stand in one chart" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "different data stand side by side" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_masks_of_each_seeds_own_run_are_one_method() -> None:
