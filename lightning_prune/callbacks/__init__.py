@@ -5,6 +5,7 @@ from lightning_prune.callbacks.connectivity import RoundConnectivity
 from lightning_prune.callbacks.costs import CostProfiler
 from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.hrank import HRankPruner
+from lightning_prune.callbacks.learned import LearnedSupermask
 from lightning_prune.callbacks.magnitude import IterativeMagnitudePruner
 from lightning_prune.callbacks.plans import load_compact_checkpoint
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
@@ -19,6 +20,7 @@ __all__ = [
     "HRankPruner",
     "IterativeMagnitudePruner",
     "LRRewind",
+    "LearnedSupermask",
     "Position",
     "PruneEvent",
     "RoundConnectivity",

@@ -76,7 +76,7 @@ def remove(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, plan: 
         name: Of the submodule that the plan is for; ``""``: ``pl_module`` itself.
         plan: The plan, the same on every process.
     """
-    with _unwrapped(trainer, pl_module):
+    with without_wrapper(trainer, pl_module):
         _shrink(pl_module.get_submodule(name), plan, trainer.optimizers)
     for average in monitors.averages(trainer):
         copy = average.module
@@ -95,7 +95,7 @@ def _shrink(module: nn.Module, plan: RemovalPlan, optimizers: list[Any]) -> None
 
 
 @contextmanager
-def _unwrapped(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def without_wrapper(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
     """Without DDP's wrapper, whose buckets have the old sizes; it is built anew afterwards."""
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy) or not isinstance(strategy.model, DistributedDataParallel):

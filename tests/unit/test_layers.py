@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     | {"prunable", "running", "wrappers", "counting", "ranking", "patterns"}
     | {"sharding", "sharded_ranking"},
     {"masks", "scores", "actions", "selection", "record", "costs"},
-    {"channels"},
+    {"channels", "learned"},
     {"acceleration", "compressed", "compiled_rows", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
@@ -70,6 +70,7 @@ PUBLIC = [
     "FileFormatError",
     "HRankPruner",
     "IterativeMagnitudePruner",
+    "LearnedSupermask",
     "LRRewind",
     "MaskMismatchError",
     "MaskSet",

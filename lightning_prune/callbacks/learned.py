@@ -1,0 +1,298 @@
+"""Train masks instead of weights, on any LightningModule, in one fit."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.company import compare_ranks, require_whole_network
+from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.removal import without_wrapper
+from lightning_prune.callbacks.rewind import named_state
+from lightning_prune.checkpoint import Ticket, save_ticket
+from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.files import check_archive
+from lightning_prune.learned import MaskLearner, MaskSettings
+from lightning_prune.masks import MaskSet
+from lightning_prune.prunable import canonical_name
+from lightning_prune.resume import ResumeState
+
+FILE_NAME = "supermask.safetensors"
+
+
+class LearnedSupermask(Callback):
+    """Leave all weights as they are and train which of them pass: a learned supermask.
+
+    In the fit every masked layer computes with ``weight * mask``; the weight is frozen and a score behind each entry of
+    the mask is trained, by the module's own loss, optimizers and schedules: scores take the weights' places in the
+    optimizers' parameter groups. What has no mask is frozen too, unless ``train`` names it, and BatchNorm has no scale
+    and shift (1 and 0). At the end the layers are plain again, with the masked weights in them; ``masks`` holds the
+    result and ``supermask.safetensors`` in the run folder is a ticket: masks, and the frozen weights before masking.
+
+    Acts in: ``on_fit_start`` (layers are changed in place; DDP's wrapper is built anew), ``on_train_batch_start`` (a new
+    draw), after each optimizer step (holds the density), ``on_fit_end`` (layers are plain again). ``state_dict`` keys
+    never change: a checkpoint holds the network under the mask of its step and loads without this library. Logs
+    ``prune/density`` at the end of each epoch.
+
+    Papers: Ramanujan et al. 2020, arXiv:1911.13299 (``edge_popup``); Zhou et al. 2019, arXiv:1905.01067
+    (``stochastic``). Deviations: :func:`lightning_prune.learned.popup_weight`,
+    :func:`lightning_prune.learned.sampled_weight`; stochastic masks are drawn once a batch, not once a forward; a
+    ``density`` holds their expected density by one shift of each tensor's logits after a step; biases stay at their
+    initial values (the papers' networks have none, or zeros).
+
+    Args:
+        method: ``"edge_popup"`` or ``"stochastic"``.
+        density: Fraction of each tensor's weights that the result keeps, ``round(density * entries)``, in (0, 1].
+            ``None`` for stochastic masks: as the probabilities come out.
+        init: What weights are frozen at: ``"keep"`` (as the module has them), ``"signed_constant"``,
+            ``"kaiming_constant"``, ``"kaiming_normal"``; see :func:`lightning_prune.learned.frozen_weight`.
+        scale_fan: Multiply the fan of the Kaiming initialisations by ``density``.
+        rescale: Dynamic weight rescaling (stochastic): a layer's weights times entries / kept entries.
+        start: First probability of stochastic masks without ``density``.
+        samples: 0: validation and test within the fit see the mask of the result (edge-popup's, or the rounded one).
+            ``n``: every batch goes through the module's step under ``n`` drawn masks, the same ``n`` in all batches, so
+            that what is logged is the mean over ``n`` sampled networks. Stochastic only.
+        exclude: Parameters that get no mask (names, names of modules, patterns).
+        include: Parameters that get one beside the default set of :func:`prunable_parameters`.
+        train: Parameters without a mask that go on being trained, such as ``["*.bias"]``.
+        affine: Leave BatchNorm its scale and shift.
+        dirpath: Folder of the ticket. Default: the run folder; without a logger none.
+        seed: Seeds initialisations, first scores and draws; the global generators are left alone.
+
+    State saved: frozen weights, scores, number of the draw, generators and data position.
+
+    Raises:
+        ConfigError: A value out of range; in ``setup``: a pruner, averaged weights or a sharding strategy beside it; in
+            ``on_fit_start``: nothing to mask, or a weight that no optimizer steps.
+        SelectionError: A layer of which nothing is kept or sampled; scores that are NaN.
+        ResumeError: A checkpoint written without this callback, or with other settings.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_prune import LearnedSupermask
+        >>> callbacks = [LearnedSupermask("edge_popup", density=0.3, init="kaiming_constant")]
+        >>> trainer = Trainer(max_epochs=3, callbacks=callbacks, logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        method: str = "edge_popup",
+        density: float | None = 0.5,
+        init: str = "keep",
+        scale_fan: bool = False,
+        rescale: bool = False,
+        start: float = 0.5,
+        samples: int = 0,
+        exclude: Sequence[str] = (),
+        include: Sequence[str] = (),
+        train: Sequence[str] = (),
+        affine: bool = False,
+        dirpath: str | Path | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.settings = MaskSettings(method, density, init, scale_fan, rescale, start, seed)
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+            raise ConfigError(f"samples={samples!r}: expected how many masks are drawn in evaluation, 0 or more.")
+        if samples and method == "edge_popup":
+            raise ConfigError(f"samples={samples}: edge_popup has one mask and draws none; leave samples out.")
+        for name, value in (("exclude", exclude), ("include", include), ("train", train)):
+            if isinstance(value, str):
+                raise ConfigError(f"{name}={value!r}: expected a list of names; write {name}=[{value!r}].")
+        self.samples, self.affine = samples, affine
+        self.exclude, self.include, self.train = tuple(exclude), tuple(include), tuple(train)
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.masks: MaskSet | None = None
+        """The result, at the end of a fit."""
+        self._resume = ResumeState()
+        self._learner: MaskLearner | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._state: dict[str, Any] = {}  # of the learner, when it is done
+        self._steps: dict[str, Callable[..., Any]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._fits = False
+
+    # ------------------------------------------------------------------- set up
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot stand beside this callback."""
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            name = type(callback).__name__
+            if callback is not self and isinstance(callback, LearnedSupermask):
+                raise ConfigError("two LearnedSupermask callbacks would mask the same weights; keep one.")
+            if getattr(callback, "sends_prune_events", False):
+                raise ConfigError(
+                    f"{name} cuts weights that LearnedSupermask keeps frozen. Learn the mask first, then prune in a "
+                    "fit of its own: the ticket holds the mask."
+                )
+            if isinstance(callback, StochasticWeightAveraging):
+                raise ConfigError(f"{name} averages weights, and a mask's scores have no meaningful mean; leave it out.")
+        require_whole_network(trainer, "so no mask of a whole tensor can be learned")
+        self.masks, self._loaded, self._state, self._fits = None, None, {}, True
+        self._resume.attach(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse a file with changed bytes, which torch loads without a word."""
+        if trainer.ckpt_path and Path(trainer.ckpt_path).is_file():
+            check_archive(trainer.ckpt_path)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze the weights, put scores in their place, and let the optimizers step those."""
+        if monitors.averages(trainer):
+            raise ConfigError("an averaging callback copies the network, and scores have no meaningful mean; leave it out.")
+        with without_wrapper(trainer, pl_module):
+            self._learner = MaskLearner(
+                pl_module, self.settings, self.exclude, self.include, self.train, self.affine
+            )
+            if self._loaded is not None:
+                self._learner.load_state_dict(self._loaded["learner"])
+        self._learner.take_over(trainer.optimizers)
+        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+        if self.samples:
+            for name in ("validation_step", "test_step"):
+                self._sample(pl_module, name)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See that a resumed fit knows its frozen weights."""
+        if trainer.global_step > 0 and self._loaded is None:
+            raise ResumeError(
+                "the checkpoint was written without LearnedSupermask, so there are no scores and no frozen weights in "
+                "it. Load its weights into the module before fit() instead of passing it as ckpt_path."
+            )
+
+    # ----------------------------------------------------------------- in a fit
+
+    def _sample(self, pl_module: pl.LightningModule, name: str) -> None:
+        """Let an evaluation step run once for each drawn mask."""
+        step = getattr(pl_module, name)
+        self._steps[name] = step
+
+        @functools.wraps(step)
+        def sampled(*args: Any, **options: Any) -> Any:
+            output = None
+            assert self._learner is not None
+            try:
+                for self._learner.sample in range(self.samples):
+                    output = step(*args, **options)
+            finally:
+                self._learner.sample = None
+            return output
+
+        setattr(pl_module, name, sampled)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A new draw."""
+        assert self._learner is not None
+        self._learner.draw += 1
+
+    def _after_step(self, *_: Any) -> None:
+        if self._learner is not None:
+            self._learner.hold_density()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the density; see that all processes have the same masks."""
+        assert self._learner is not None
+        masks = self._learner.masks
+        compare_ranks(masks.digest())
+        pl_module.log("prune/density", masks.density)
+        if self.settings.method == "stochastic":
+            pl_module.log("prune/expected_density", self._learner.expected_density)
+
+    # ------------------------------------------------------------------- the end
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the module plain, write the ticket."""
+        if self._learner is None:
+            return
+        learner = self._learner
+        factors = learner.factors(learner.masks)
+        frozen = {name: weight * factors[name] for name, weight in learner.frozen.items()}
+        self.masks = self._finish(pl_module)
+        compare_ranks(self.masks.digest())
+        folder = self.dirpath or run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        weights = {name: frozen.get(canonical_name(name), t) for name, t in named_state(pl_module).items()}
+        info: dict[str, Any] = self.hyper_parameters() | {
+            "density": self.masks.density,
+            "digest": self.masks.digest(),
+            "step": trainer.global_step,
+        }
+        save_ticket(folder / FILE_NAME, Ticket(self.masks, weights, info))
+
+    def _finish(self, pl_module: pl.LightningModule) -> MaskSet | None:
+        learner, self._learner = self._learner, None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for name in self._steps:
+            delattr(pl_module, name)
+        self._steps = {}
+        self._resume.detach()
+        if learner is None:
+            return None
+        self._state = learner.state_dict()
+        return learner.finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Make the module plain."""
+        self._finish(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the module plain, if it is not yet."""
+        if stage == "fit":
+            self._finish(pl_module)
+
+    # -------------------------------------------------------------------- state
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """What the user gave, as JSON content."""
+        settings = self.settings
+        return {
+            "method": settings.method,
+            "density": settings.density,
+            "init": settings.init,
+            "scale_fan": settings.scale_fan,
+            "rescale": settings.rescale,
+            "start": settings.start,
+            "seed": settings.seed,
+            "exclude": list(self.exclude),
+            "include": list(self.include),
+            "train": list(self.train),
+            "affine": self.affine,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Frozen weights, scores, number of the draw, generators and data position; nothing before a fit."""
+        learner = self._state if self._learner is None else self._learner.state_dict()
+        if not learner:
+            return {}
+        return {
+            "hyper_parameters": self.hyper_parameters(),
+            "learner": learner,
+            "resume": self._resume.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where a checkpoint stands."""
+        if not self._fits or not state_dict:  # a test or a prediction needs the weights only
+            return
+        ours = self.hyper_parameters()
+        for key, saved in state_dict["hyper_parameters"].items():
+            if ours.get(key) != saved:
+                raise ResumeError(
+                    f"the checkpoint was written with {key}={saved!r}, this run has {key}={ours.get(key)!r}. "
+                    "Resume with the same settings, or start a new run."
+                )
+        self._loaded = state_dict
+        self._resume.load_state_dict(state_dict["resume"])
