@@ -34,9 +34,9 @@ class LearnedSupermask(Callback):
     and shift (1 and 0). At the end the layers are plain again, with the masked weights in them; ``masks`` holds the
     result and ``supermask.safetensors`` in the run folder is a ticket: masks, and the frozen weights before masking.
 
-    Acts in: ``on_fit_start`` (layers are changed in place; DDP's wrapper is built anew), ``on_train_batch_start`` (a new
-    draw), after each optimizer step (holds the density), ``on_fit_end`` (layers are plain again). ``state_dict`` keys
-    never change: a checkpoint holds the network under the mask of its step and loads without this library. Logs
+    Acts in: ``on_fit_start`` (layers are changed in place; DDP's wrapper is built anew), ``on_train_batch_start`` (a
+    new draw), after each optimizer step (holds the density), ``on_fit_end`` (layers are plain again). ``state_dict``
+    keys never change: a checkpoint holds the network under the mask of its step and loads without this library. Logs
     ``prune/density`` at the end of each epoch.
 
     Papers: Ramanujan et al. 2020, arXiv:1911.13299 (``edge_popup``); Zhou et al. 2019, arXiv:1905.01067
@@ -132,7 +132,9 @@ class LearnedSupermask(Callback):
                     "fit of its own: the ticket holds the mask."
                 )
             if isinstance(callback, StochasticWeightAveraging):
-                raise ConfigError(f"{name} averages weights, and a mask's scores have no meaningful mean; leave it out.")
+                raise ConfigError(
+                    f"{name} averages weights, and a mask's scores have no meaningful mean; leave it out."
+                )
         require_whole_network(trainer, "so no mask of a whole tensor can be learned")
         self.masks, self._loaded, self._state, self._fits = None, None, {}, True
         self._resume.attach(trainer)
@@ -147,11 +149,11 @@ class LearnedSupermask(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze the weights, put scores in their place, and let the optimizers step those."""
         if monitors.averages(trainer):
-            raise ConfigError("an averaging callback copies the network, and scores have no meaningful mean; leave it out.")
-        with without_wrapper(trainer, pl_module):
-            self._learner = MaskLearner(
-                pl_module, self.settings, self.exclude, self.include, self.train, self.affine
+            raise ConfigError(
+                "an averaging callback copies the network, and scores have no meaningful mean; leave it out."
             )
+        with without_wrapper(trainer, pl_module):
+            self._learner = MaskLearner(pl_module, self.settings, self.exclude, self.include, self.train, self.affine)
             if self._loaded is not None:
                 self._learner.load_state_dict(self._loaded["learner"])
         self._learner.take_over(trainer.optimizers)
@@ -180,7 +182,8 @@ class LearnedSupermask(Callback):
             output = None
             assert self._learner is not None
             try:
-                for self._learner.sample in range(self.samples):
+                for number in range(self.samples):
+                    self._learner.sample = number
                     output = step(*args, **options)
             finally:
                 self._learner.sample = None
@@ -217,21 +220,25 @@ class LearnedSupermask(Callback):
         learner = self._learner
         factors = learner.factors(learner.masks)
         frozen = {name: weight * factors[name] for name, weight in learner.frozen.items()}
-        self.masks = self._finish(pl_module)
-        compare_ranks(self.masks.digest())
+        masks = self.masks = self._finish(pl_module, learner)
+        compare_ranks(masks.digest())
         folder = self.dirpath or run_folder(trainer)
         if folder is None or not trainer.is_global_zero:
             return
         weights = {name: frozen.get(canonical_name(name), t) for name, t in named_state(pl_module).items()}
         info: dict[str, Any] = self.hyper_parameters() | {
-            "density": self.masks.density,
-            "digest": self.masks.digest(),
+            "density": masks.density,
+            "digest": masks.digest(),
             "step": trainer.global_step,
         }
-        save_ticket(folder / FILE_NAME, Ticket(self.masks, weights, info))
+        save_ticket(folder / FILE_NAME, Ticket(masks, weights, info))
 
-    def _finish(self, pl_module: pl.LightningModule) -> MaskSet | None:
-        learner, self._learner = self._learner, None
+    def _finish(self, pl_module: pl.LightningModule, learner: MaskLearner) -> MaskSet:
+        self._release(pl_module)
+        self._learner, self._state = None, learner.state_dict()
+        return learner.finish()
+
+    def _release(self, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -239,19 +246,17 @@ class LearnedSupermask(Callback):
             delattr(pl_module, name)
         self._steps = {}
         self._resume.detach()
-        if learner is None:
-            return None
-        self._state = learner.state_dict()
-        return learner.finish()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Make the module plain."""
-        self._finish(pl_module)
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Make the module plain, if it is not yet."""
         if stage == "fit":
-            self._finish(pl_module)
+            self._release(pl_module)
+            if self._learner is not None:
+                self._finish(pl_module, self._learner)
 
     # -------------------------------------------------------------------- state
 

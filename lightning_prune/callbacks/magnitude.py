@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_prune.callbacks.company import (
     compare_masks,
@@ -16,6 +17,7 @@ from lightning_prune.callbacks.company import (
 )
 from lightning_prune.callbacks.enforce import MaskEnforcer
 from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.origins import CriterionScores, Origins
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.checkpoint import load_ticket
@@ -23,7 +25,7 @@ from lightning_prune.counting import RULES
 from lightning_prune.errors import ConfigError, MaskMismatchError, ResumeError
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import close_names, matching, prunable_parameters, untouched_parameters
-from lightning_prune.scores import MagnitudeScores, score_quantiles, score_weights
+from lightning_prune.scores import CRITERIA, MagnitudeScores, score_quantiles, score_weights
 from lightning_prune.selection import select
 from lightning_prune.sharding import any_sharded, part_like, reshard, spread_like
 
@@ -31,14 +33,14 @@ CONTROLS = (None, "random_pruning")
 
 
 class IterativeMagnitudePruner(RoundPruner):
-    """Train, remove the smallest weights, train on: ``rounds`` times in one ``fit``.
+    """Train, remove the smallest weights (or those of lowest score), train on: ``rounds`` times in one ``fit``.
 
     The Trainer's ``max_epochs``/``max_steps`` is the length ``T`` of *one* training; build schedules for that. The
     limit is raised to hold all rounds: ``T + rounds * (T - k)`` with the rewinding point ``k`` read from
     :class:`WeightRewind` and :class:`LRRewind` beside it, ``T + rounds * T`` without them. A cut happens at the start
     of the next round's first epoch, so validation, checkpoints and the record see the trained network before it.
-    Each cut removes ``round(fraction * remaining)`` weights (half to even), exactly, those of smallest final magnitude;
-    of equal ones the later in the network leaves first.
+    Each cut removes ``round(fraction * remaining)`` weights (half to even), exactly, those of smallest final magnitude
+    (or lowest score by another ``criterion``); of equal ones the later in the network leaves first.
 
     Acts in: ``on_train_epoch_start`` (cut), ``on_after_backward`` (gradients of pruned entries are zeroed, so they
     weigh in no norm and no moment), after a step only where an optimizer could move a zero. Changes in place:
@@ -53,6 +55,10 @@ class IterativeMagnitudePruner(RoundPruner):
     Args:
         fraction: Of the weights that remain, the part that each cut removes; in (0, 1). Default 0.2 (paper).
         rounds: Number of cuts, at least 1; the fit holds ``rounds + 1`` trainings.
+        criterion: What weights are kept by: ``"large_final"`` (magnitude), or another name of :func:`score_weights`
+            (Zhou et al. 2019, arXiv:1905.01067). Initial weights are those at the start of the fit, also with a later
+            rewinding point; ``snip`` and ``grad`` take the gradient of the first optimizer step. The two criteria with
+            quantiles compare weights of different tensors by their rank within each.
         scope: ``"global"``: all weights compete; ``"layer"``: each tensor loses ``fraction`` of its own.
         exclude: Parameters (names, names of modules, or patterns such as ``"*.fc.weight"``) that are never pruned.
             Biases, normalisation and embeddings never are.
@@ -75,13 +81,15 @@ class IterativeMagnitudePruner(RoundPruner):
     the masks that one process would choose: only counts travel at a cut (:func:`select`). Each process masks its own
     part; the bits, one a weight, go to process 0 for the digest, the checkpoint and the ticket.
 
-    State saved: masks (1 bit a weight), position, record, generators and data position.
+    State saved: masks (1 bit a weight), position, record, generators and data position; initial weights or first
+    gradients where the criterion needs them.
 
     Raises:
         ConfigError: An argument out of range; in ``setup``: callbacks that cannot work together; in ``on_fit_start``:
             nothing to prune, a pattern that matches nothing, a rewinding point or a schedule that does not fit.
         SelectionError: Weights that are NaN at a cut.
-        ResumeError: A checkpoint of another configuration, or one that was written without this callback.
+        ResumeError: A checkpoint of another configuration, one that was written without this callback, or without what
+            the criterion needs.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -107,6 +115,7 @@ class IterativeMagnitudePruner(RoundPruner):
         dirpath: str | Path | None = None,
         seed: int = 0,
         verbose: bool = True,
+        criterion: str = "large_final",
     ) -> None:
         _check_fraction("fraction", fraction)
         for pattern, rate in (rates or {}).items():
@@ -117,6 +126,10 @@ class IterativeMagnitudePruner(RoundPruner):
             raise ConfigError(f"scope={scope!r} is unknown; choose 'global' or 'layer'.")
         if counting != "exact" and counting not in RULES:
             raise ConfigError(f"counting={counting!r} is unknown{close_names(str(counting), ['exact', *RULES])}")
+        if criterion not in CRITERIA:
+            raise ConfigError(f"criterion={criterion!r} is unknown{close_names(str(criterion), CRITERIA)}")
+        if masks_from is not None and criterion != "large_final":
+            raise ConfigError(f"criterion={criterion!r} selects masks, masks_from takes an earlier run's: give one.")
         if control not in CONTROLS:
             raise ConfigError(f"control={control!r} is unknown; choose None or 'random_pruning'.")
         for name, value in (("exclude", exclude), ("include", include)):
@@ -126,13 +139,14 @@ class IterativeMagnitudePruner(RoundPruner):
         self.fraction, self.scope = fraction, scope
         self.exclude, self.include = tuple(exclude), tuple(include)
         self.rates = dict(rates or {})
-        self.counting = counting
+        self.counting, self.criterion = counting, criterion
         self.control = control
         self.masks_from = None if masks_from is None else Path(masks_from)
         self.seed = seed
         self.masks: MaskSet | None = None
         """The masks in force: all kept in round 0; ``None`` before a fit."""
         self._enforcer = MaskEnforcer()
+        self._origins = Origins((criterion,), type(self).__name__)
         self._parameters: dict[str, nn.Parameter] = {}
         self._frozen: list[dict[str, Any]] = []
 
@@ -140,6 +154,7 @@ class IterativeMagnitudePruner(RoundPruner):
         """Every round is a training of full length, from the rewinding point on."""
         require_known_parts(trainer, "among which no global selection can be made")
         self.masks = None
+        self._origins = Origins((self.criterion,), type(self).__name__)
         return RoundSchedule(self.rounds, self.round_length, rewinding_point(trainer))
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,6 +164,11 @@ class IterativeMagnitudePruner(RoundPruner):
         self._frozen = untouched_parameters(pl_module, self._parameters, self.exclude)
         for pattern in self.rates:
             matching(pattern, self._parameters, "rates")
+        if self.criterion != "large_final" and any_sharded(self._parameters.values()):
+            raise ConfigError(
+                f"criterion={self.criterion!r} compares whole tensors, and parameters are sharded between processes. "
+                "Use criterion='large_final', or strategy='ddp'."
+            )
         self._enforcer.attach(
             self._parameters,
             trainer.optimizers,
@@ -174,6 +194,7 @@ class IterativeMagnitudePruner(RoundPruner):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a resume, put masks back."""
         super().on_train_start(trainer, pl_module)
+        self._origins.keep(self._parameters, trainer.global_step)
         if self._loaded is not None:
             assert self.masks is not None
             self._check_masks_fit()  # a strategy may load a checkpoint only after begin()
@@ -228,7 +249,7 @@ class IterativeMagnitudePruner(RoundPruner):
             return self._masks_of_ticket(before, round)
         by_density = self.counting != "exact" and RULES[self.counting].takes == "density"
         masks = select(
-            MagnitudeScores(self._parameters),
+            self._scores(before, round),
             density=(1 - self.fraction) ** round if by_density else None,
             fraction=None if by_density else self.fraction,
             scope=self.scope,
@@ -253,6 +274,12 @@ class IterativeMagnitudePruner(RoundPruner):
             scores[name] = spread_like(part_like(whole, parameter).clone(), parameter)
         return scores
 
+    def _scores(self, before: MaskSet, round: int) -> Mapping[str, Tensor]:  # noqa: A002
+        if self.criterion == "large_final":
+            return MagnitudeScores(self._parameters)
+        seed = self.seed * 1000 + round
+        return CriterionScores(self.criterion, self._parameters, self._origins, before, seed)
+
     def _masks_of_ticket(self, before: MaskSet, round: int) -> MaskSet:  # noqa: A002
         assert self.masks_from is not None
         path = self.masks_from / f"round-{round:02d}.safetensors"
@@ -270,6 +297,12 @@ class IterativeMagnitudePruner(RoundPruner):
         """Zero the gradients of pruned entries."""
         self._enforcer.mask_gradients()
 
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep the first step's gradients, where the criterion needs them."""
+        self._origins.take_gradients(pl_module, trainer.global_step)
+
     def release(self, trainer: pl.Trainer) -> None:
         """Take the hooks off the optimizers too."""
         self._enforcer.detach()
@@ -284,6 +317,7 @@ class IterativeMagnitudePruner(RoundPruner):
             "include": list(self.include),
             "rates": dict(self.rates),
             "counting": self.counting,
+            "criterion": self.criterion,
             "round_length": None if self.round_length is None else str(self.round_length),
             "control": self.control,
             "masks_from": None if self.masks_from is None else str(self.masks_from),
@@ -291,12 +325,13 @@ class IterativeMagnitudePruner(RoundPruner):
         }
 
     def own_state(self) -> dict[str, Any]:
-        """The masks, 1 bit a weight."""
-        return {"masks": None if self.masks is None else self.masks.state_dict()}
+        """The masks, 1 bit a weight, and what the criterion needs."""
+        return {"masks": None if self.masks is None else self.masks.state_dict(), "origins": self._origins.state_dict()}
 
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take up the masks."""
         self.masks = MaskSet.from_state_dict(state["masks"])
+        self._origins.load_state_dict(state.get("origins", {}))
 
 
 def _check_fraction(name: str, value: Any, zero: bool = False) -> None:

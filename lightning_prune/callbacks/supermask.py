@@ -17,13 +17,14 @@ from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.logs import log_numbers
+from lightning_prune.callbacks.origins import Origins
 from lightning_prune.callbacks.rewind import named_state, require_pruner
 from lightning_prune.callbacks.validation import validate_quietly
-from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.errors import ConfigError
 from lightning_prune.files import write_json
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name, close_names
-from lightning_prune.scores import CRITERIA, score_weights
+from lightning_prune.scores import CRITERIA
 from lightning_prune.selection import select
 
 FILE_NAME = "supermasks.json"
@@ -99,8 +100,7 @@ class SupermaskScorer(Callback):
         self.rows: list[dict[str, Any]] = []
         """One entry for each cut and criterion, as JSON content: ``round``, ``density``, ``criterion``, ``mask1``,
         ``mask0``, ``digest`` (of the mask), ``metrics``."""
-        self._initial: dict[str, Tensor] | None = None
-        self._grads: dict[str, Tensor] = {}
+        self._origins = Origins(self.criteria, type(self).__name__, whole=True)
         self._masks: MaskSet | None = None  # of the round under way; None: all kept
 
     @property
@@ -114,7 +114,8 @@ class SupermaskScorer(Callback):
             return
         require_pruner(trainer, self)
         require_whole_network(trainer, "so initial weights cannot be written to it")
-        self.rows, self._initial, self._grads, self._masks = [], None, {}, None
+        self.rows, self._masks = [], None
+        self._origins = Origins(self.criteria, type(self).__name__, whole=True)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold the folder; an earlier run's file is not written over."""
@@ -128,31 +129,18 @@ class SupermaskScorer(Callback):
             raise ConfigError("SupermaskScorer validates the untrained network, and there is no validation data.")
         if self._metric(trainer) is None:
             raise ConfigError("SupermaskScorer does not know which metric to log: give monitor='val_acc', for example.")
-        if self._initial is not None:
-            return
-        if trainer.global_step > 0:
-            raise ResumeError(
-                "the checkpoint was written without this SupermaskScorer, so the network's initial weights are not in "
-                "it. Resume with the same criteria and actions, or start a new run."
-            )
-        self._initial = {name: t.detach().to("cpu", copy=True) for name, t in named_state(pl_module).items()}
+        self._origins.keep(named_state(pl_module), trainer.global_step)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Keep the first step's gradients, where a criterion needs them."""
-        if trainer.global_step == 0 and any("grad" in CRITERIA[criterion] for criterion in self.criteria):
-            self._grads |= {
-                canonical_name(name): parameter.grad.detach().to("cpu", copy=True)
-                for name, parameter in pl_module.named_parameters()
-                if parameter.grad is not None
-            }
+        self._origins.take_gradients(pl_module, trainer.global_step)
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """Score every criterion, from the trained weights that the module still holds."""
         if event.masks is None:
             raise ConfigError("SupermaskScorer scores masks of weights; this pruner removes channels.")
-        assert self._initial is not None
         trained = {name: t.detach().clone() for name, t in named_state(pl_module).items()}
         try:
             for criterion in self.criteria:
@@ -174,14 +162,14 @@ class SupermaskScorer(Callback):
         criterion: str,
         trained: dict[str, Tensor],
     ) -> None:
-        assert self._initial is not None
+        assert self._origins.initial is not None
         assert event.masks is not None
         generator = torch.Generator().manual_seed(self.seed * 1000 + event.round)
-        initial = {canonical_name(name): t for name, t in self._initial.items()}
+        initial = {canonical_name(name): t for name, t in self._origins.initial.items()}
         final = {canonical_name(name): t.cpu() for name, t in trained.items() if canonical_name(name) in event.masks}
-        masks = self._choose(criterion, event.masks.to("cpu"), initial, final, generator)
+        masks = self._choose(criterion, event.masks.to("cpu"), final, generator)
         found = supermask(masks, initial, final, mask1=self.mask1, mask0=self.mask0, generator=generator)
-        _write(pl_module, self._initial)
+        _write(pl_module, self._origins.initial)
         found.apply_(pl_module)
         metrics = validate_quietly(trainer)
         monitor = self._metric(trainer)
@@ -209,29 +197,17 @@ class SupermaskScorer(Callback):
         self,
         criterion: str,
         wanted: MaskSet,
-        initial: dict[str, Tensor],
         final: dict[str, Tensor],
         generator: torch.Generator,
     ) -> MaskSet:
         """As many entries of each tensor as ``wanted`` keeps, among those that the round has trained."""
         before = self._masks or MaskSet.dense_like(wanted)
-        scores = {}
-        for name in wanted:
-            grad = self._grads.get(name)
-            if grad is None and "grad" in CRITERIA[criterion]:
-                raise ConfigError(
-                    f"criterion {criterion!r} needs a gradient of {name!r}, which the first step did not have: exclude "
-                    "that parameter from pruning, or leave the criterion out."
-                )
-            scores[name] = score_weights(
-                criterion,
-                initial[name],
-                final[name],
-                grad=grad,
-                generator=generator,
-                gated=self.gated,
-                mask=before[name],
+        scores = {
+            name: self._origins.score(
+                criterion, name, final[name], mask=before[name], generator=generator, gated=self.gated
             )
+            for name in wanted
+        }
         remove = {name: int(before[name].sum() - mask.sum()) for name, mask in wanted.items()}
         return select(scores, remove=remove, scope="layer", within=before)
 
@@ -242,15 +218,14 @@ class SupermaskScorer(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The untrained network, first gradients, masks and measurements."""
         return {
-            "initial": self._initial,
-            "grads": dict(self._grads),
+            **self._origins.state_dict(),
             "masks": None if self._masks is None else self._masks.state_dict(),
             "rows": list(self.rows),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them up; what was measured after the checkpoint is forgotten."""
-        self._initial, self._grads = state_dict["initial"], dict(state_dict["grads"])
+        self._origins.load_state_dict(state_dict)
         masks = state_dict["masks"]
         self._masks = None if masks is None else MaskSet.from_state_dict(masks)
         self.rows = list(state_dict["rows"])

@@ -77,5 +77,7 @@ def fan_in(weight: Tensor) -> int:
         ConfigError: Fewer than two dimensions.
     """
     if weight.dim() < 2:
-        raise ConfigError(f"a weight of shape {tuple(weight.shape)} has no fan: masks are learned of two dimensions up.")
+        raise ConfigError(
+            f"a weight of shape {tuple(weight.shape)} has no fan: masks are learned of two dimensions up."
+        )
     return nn.init._calculate_fan_in_and_fan_out(weight)[0]

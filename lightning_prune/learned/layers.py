@@ -5,7 +5,7 @@ same object: hooks, names and ``state_dict`` keys are those of the plain layer.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ class _WithScores:
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
         raise ConfigError(
-            f"weights were to be loaded into {prefix.rstrip('.')!r} while masks are learned there: they are frozen. Load "
-            "them before the fit, or after it."
+            f"weights were to be loaded into {prefix.rstrip('.')!r} while masks are learned there: they are frozen. "
+            "Load them before the fit, or after it."
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kind(cls: type, keys: tuple[str, ...]) -> type:
     def attribute(key: str) -> property:
         return property(lambda self: _compute(self, key))
@@ -61,7 +61,7 @@ def final_weight(layer: nn.Module, key: str) -> Tensor:
     assert frozen is not None
     assert scores is not None
     with torch.no_grad():
-        return compute(frozen, scores, False).detach()  # type: ignore[operator]
+        return compute(frozen, scores, False).detach()
 
 
 def put_in(layer: nn.Module, key: str, scores: nn.Parameter, compute: Compute) -> None:
@@ -77,10 +77,12 @@ def put_in(layer: nn.Module, key: str, scores: nn.Parameter, compute: Compute) -
         ConfigError: The name of the scores is taken.
     """
     if hasattr(layer, scores_name(key)):
-        raise ConfigError(f"{type(layer).__name__} has an attribute {scores_name(key)!r} already, where scores would go.")
+        raise ConfigError(
+            f"{type(layer).__name__} has an attribute {scores_name(key)!r} already, where scores would go."
+        )
     layer.register_parameter(scores_name(key), scores)
     computed: dict[str, Compute] = layer.__dict__.get("_computed", {})
-    plain = getattr(type(layer), "_plain", type(layer))
+    plain: type = getattr(type(layer), "_plain", type(layer))
     layer.__dict__["_computed"] = computed | {key: compute}
     layer.__class__ = _kind(plain, tuple(layer.__dict__["_computed"]))
 

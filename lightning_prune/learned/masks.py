@@ -15,7 +15,6 @@ from lightning_prune.learned.counts import check_density, count_kept
 from lightning_prune.learned.frozen import INITS, frozen_weight, popup_scores
 from lightning_prune.learned.layers import put_in, take_out
 from lightning_prune.learned.popup import popup_weight
-from lightning_prune.learned.scratch import Scratch
 from lightning_prune.learned.stochastic import Levels, check_stochastic_density, sampled_weight, shift_logits_
 from lightning_prune.learned.threshold import Threshold
 from lightning_prune.masks import MaskSet
@@ -65,9 +64,13 @@ class MaskSettings:
         if self.density is not None:
             (check_density if self.method == "edge_popup" else check_stochastic_density)(self.density)
         if self.rescale and self.method == "edge_popup":
-            raise ConfigError("rescale=True is for stochastic masks; edge_popup keeps a fixed part: use scale_fan=True.")
+            raise ConfigError(
+                "rescale=True is for stochastic masks; edge_popup keeps a fixed part: use scale_fan=True."
+            )
         if self.scale_fan and (self.density is None or not self.init.startswith("kaiming")):
-            raise ConfigError("scale_fan=True needs density= and an init with a fan ('kaiming_constant' or '..._normal').")
+            raise ConfigError(
+                "scale_fan=True needs density= and an init with a fan ('kaiming_constant' or '..._normal')."
+            )
         if isinstance(self.start, bool) or not isinstance(self.start, float) or not 0 < self.start < 1:
             raise ConfigError(f"start={self.start!r}: expected the first probability of a weight to pass, in (0, 1).")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
@@ -259,7 +262,8 @@ class MaskLearner:
         missed = [name for name, weight in self._weights.items() if id(weight) not in found]
         if missed:
             raise ConfigError(
-                f"no optimizer steps {missed[0]!r}" + (f" and {len(missed) - 1} more" if len(missed) > 1 else "")
+                f"no optimizer steps {missed[0]!r}"
+                + (f" and {len(missed) - 1} more" if len(missed) > 1 else "")
                 + ", so its mask would not be learned: give it to an optimizer, or exclude it."
             )
 
@@ -293,8 +297,8 @@ class MaskLearner:
         if ours != theirs:
             odd = sorted(set(ours.items()) ^ set(theirs.items()))[0]
             raise MaskMismatchError(
-                f"these scores belong to another network: {odd[0]!r} of shape {odd[1]} is on one side only. Resume with "
-                "the same network, exclude and include."
+                f"these scores belong to another network: {odd[0]!r} of shape {odd[1]} is on one side only. "
+                "Resume with the same network, exclude and include."
             )
         with torch.no_grad():
             for name, weight in self._weights.items():

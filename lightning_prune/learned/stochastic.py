@@ -42,8 +42,8 @@ class Levels:
         if self._generator is None:
             return torch.from_numpy(self._philox.random_raw(-(-count // 4)).view(np.int16))[:count]
         half = _LEVELS // 2
-        options = {"generator": self._generator, "device": self._generator.device}
-        return torch.randint(-half, half, (count,), dtype=torch.int16, **options)
+        device = self._generator.device
+        return torch.randint(-half, half, (count,), generator=self._generator, dtype=torch.int16, device=device)
 
 
 def _sample(probabilities: Tensor, levels: Levels, scratch: Scratch) -> Tensor:
@@ -55,9 +55,7 @@ def _sample(probabilities: Tensor, levels: Levels, scratch: Scratch) -> Tensor:
 
 class _Sampled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, weight: Tensor, levels: Levels, rescale: bool, scratch: Scratch
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, weight: Tensor, levels: Levels, rescale: bool, scratch: Scratch) -> Tensor:
         passed, kept = torch.empty_like(weight), 0
         for out, frozen, logit in pieces(passed, weight, logits):
             mask = _sample(torch.sigmoid(logit, out=scratch.like(logit, 0)), levels, scratch)
@@ -101,8 +99,7 @@ def sampled_weight(
     rescale: bool = False,
     scratch: Scratch | None = None,
 ) -> Tensor:
-    """The weight that a layer computes with: ``weight * mask``, each entry of the mask 1 with probability
-    ``sigmoid(logit)``.
+    """The weight that a layer computes with: each entry passes with probability ``sigmoid(logit)``, else it is 0.
 
     The gradient passes straight through the draw: ``dL/dlogit = p (1 - p) * weight * dL/d(result)``. With ``rescale``
     (dynamic weight rescaling) the result is multiplied by ``entries / sum(mask)``, and the gradient follows that sum
@@ -128,9 +125,7 @@ def sampled_weight(
         True
     """
     check_alike(weight, logits)
-    return _Sampled.apply(
-        logits.contiguous(), weight.detach().contiguous(), levels, rescale, scratch or Scratch()
-    )
+    return _Sampled.apply(logits.contiguous(), weight.detach().contiguous(), levels, rescale, scratch or Scratch())
 
 
 def shift_logits_(logits: Tensor, density: float, tolerance: float = 1e-3) -> None:
