@@ -120,12 +120,11 @@ class LearnedSupermask(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot stand beside this callback."""
-        if stage != "fit":
+        self._fits = stage == "fit"
+        if not self._fits:
             return
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(callback).__name__
-            if callback is not self and isinstance(callback, LearnedSupermask):
-                raise ConfigError("two LearnedSupermask callbacks would mask the same weights; keep one.")
             if getattr(callback, "sends_prune_events", False):
                 raise ConfigError(
                     f"{name} cuts weights that LearnedSupermask keeps frozen. Learn the mask first, then prune in a "
@@ -136,15 +135,20 @@ class LearnedSupermask(Callback):
                     f"{name} averages weights, and a mask's scores have no meaningful mean; leave it out."
                 )
         require_whole_network(trainer, "so no mask of a whole tensor can be learned")
-        self.masks, self._loaded, self._state, self._fits = None, None, {}, True
+        self.masks, self._loaded, self._state = None, None, {}
         self._resume.attach(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a file with changed bytes, which torch loads without a word."""
+        """Refuse a file with changed bytes, and one that has no scores."""
         if trainer.ckpt_path and Path(trainer.ckpt_path).is_file():
             check_archive(trainer.ckpt_path)
+        if self._fits and not checkpoint["callbacks"].get(self.state_key):
+            raise ResumeError(
+                "the checkpoint was written without LearnedSupermask, so there are no scores and no frozen weights in "
+                "it. Load its weights into the module before fit() instead of passing it as ckpt_path."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze the weights, put scores in their place, and let the optimizers step those."""
@@ -161,14 +165,6 @@ class LearnedSupermask(Callback):
         if self.samples:
             for name in ("validation_step", "test_step"):
                 self._sample(pl_module, name)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See that a resumed fit knows its frozen weights."""
-        if trainer.global_step > 0 and self._loaded is None:
-            raise ResumeError(
-                "the checkpoint was written without LearnedSupermask, so there are no scores and no frozen weights in "
-                "it. Load its weights into the module before fit() instead of passing it as ckpt_path."
-            )
 
     # ----------------------------------------------------------------- in a fit
 

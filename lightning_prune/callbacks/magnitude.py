@@ -69,7 +69,8 @@ class IterativeMagnitudePruner(RoundPruner):
         round_length: Length of one training (``"10ep"``, ``"5000st"``) where it should differ from the Trainer's.
         control: ``"random_pruning"``: each tensor loses as many weights as it would by magnitude, at random places.
         masks_from: Folder of an earlier run's tickets: its masks are used, round by round, instead of selected ones
-            (with ``WeightRewind(reinit=True)`` the random re-initialisation control of the papers).
+            (with ``WeightRewind(reinit=True)`` the random re-initialisation control of the papers). Or one ticket, such
+            as :class:`LearnedSupermask` writes, for a single cut.
         monitor: Validation metric shown and recorded per round, and by which a round's best step is chosen. Default:
             what a ModelCheckpoint or EarlyStopping of the trainer watches.
         mode: ``"max"`` or ``"min"``, for ``monitor``. Default: as the callback watching it has it, else ``"max"``.
@@ -130,6 +131,8 @@ class IterativeMagnitudePruner(RoundPruner):
             raise ConfigError(f"criterion={criterion!r} is unknown{close_names(str(criterion), CRITERIA)}")
         if masks_from is not None and criterion != "large_final":
             raise ConfigError(f"criterion={criterion!r} selects masks, masks_from takes an earlier run's: give one.")
+        if masks_from is not None and Path(masks_from).is_file() and rounds != 1:
+            raise ConfigError(f"masks_from={str(masks_from)!r} is one ticket, for one cut, and rounds={rounds}.")
         if control not in CONTROLS:
             raise ConfigError(f"control={control!r} is unknown; choose None or 'random_pruning'.")
         for name, value in (("exclude", exclude), ("include", include)):
@@ -282,7 +285,9 @@ class IterativeMagnitudePruner(RoundPruner):
 
     def _masks_of_ticket(self, before: MaskSet, round: int) -> MaskSet:  # noqa: A002
         assert self.masks_from is not None
-        path = self.masks_from / f"round-{round:02d}.safetensors"
+        path = self.masks_from
+        if not path.is_file():
+            path = self.masks_from / f"round-{round:02d}.safetensors"
         if not path.exists() and (self.masks_from / "tickets").is_dir():
             path = self.masks_from / "tickets" / path.name
         masks = load_ticket(path).masks

@@ -4,7 +4,7 @@ A layer becomes an instance of a subclass of its own class, in which the weight'
 same object: hooks, names and ``state_dict`` keys are those of the plain layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -56,7 +56,8 @@ def _compute(layer: Any, key: str) -> Tensor:
 
 def final_weight(layer: nn.Module, key: str) -> Tensor:
     """The weight that a layer computes with in evaluation, outside of any graph."""
-    parameters, compute = layer._parameters, layer._computed[key]  # type: ignore[operator,index]
+    parameters = layer._parameters
+    compute: Compute = layer.__dict__["_computed"][key]
     frozen, scores = parameters[key], parameters[scores_name(key)]
     assert frozen is not None
     assert scores is not None
@@ -87,13 +88,13 @@ def put_in(layer: nn.Module, key: str, scores: nn.Parameter, compute: Compute) -
     layer.__class__ = _kind(plain, tuple(layer.__dict__["_computed"]))
 
 
-def take_out(layer: nn.Module) -> None:
-    """Make the layer plain again; its parameters hold what it computed with in evaluation."""
-    keys = list(layer.__dict__["_computed"])
-    weights = {key: final_weight(layer, key) for key in keys}
-    layer.__class__ = type(layer)._plain  # type: ignore[attr-defined]
-    del layer.__dict__["_computed"]
-    for key, weight in weights.items():
+def take_out(layers: Sequence[nn.Module]) -> None:
+    """Make layers plain again; their parameters hold what they computed with in evaluation."""
+    weights = [(layer, key, final_weight(layer, key)) for layer in layers for key in layer.__dict__["_computed"]]
+    for layer in layers:
+        layer.__class__ = type(layer)._plain  # type: ignore[attr-defined]
+        del layer.__dict__["_computed"]
+    for layer, key, weight in weights:  # all were computed before the first is written: a parameter may be shared
         del layer._parameters[scores_name(key)]
         parameter = layer._parameters[key]
         assert parameter is not None

@@ -271,8 +271,7 @@ class MaskLearner:
         """Make the module plain again, with the weights under their masks; the masks."""
         masks = self.masks
         self.sample = None
-        for layer in self._layers:
-            take_out(layer)
+        take_out(self._layers)
         self._layers = []
         for parameter in self._module.parameters():
             parameter.requires_grad_(self._were_trained.get(id(parameter), parameter.requires_grad))

@@ -10,7 +10,15 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_prune import IterativeMagnitudePruner, MaskSet, Ticket, experiments, prunable_parameters, save_ticket
+from lightning_prune import (
+    IterativeMagnitudePruner,
+    LearnedSupermask,
+    MaskSet,
+    Ticket,
+    experiments,
+    prunable_parameters,
+    save_ticket,
+)
 from lightning_prune.callbacks.remover import ChannelRemover
 from lightning_prune.cli import PruneCLI, main
 from lightning_prune.experiments import LeNet300100
@@ -158,6 +166,13 @@ def test_recipe_trains_a_few_batches(path: Path, tmp_path: Path, monkeypatch: py
     )
     before = sum(p.numel() for p in cli.model.parameters())
     cli.trainer.fit(cli.model, datamodule=RandomImages(shape, classes, watch))
+    learn = next((c for c in cli.trainer.callbacks if isinstance(c, LearnedSupermask)), None)
+    if learn is not None:
+        assert cli.trainer.global_step == 1
+        assert learn.masks is not None
+        assert 0.05 < learn.masks.density < 0.95
+        assert all(torch.equal(cli.model.get_parameter(n) != 0, mask) for n, mask in learn.masks.items())
+        return
     remover = next((c for c in cli.trainer.callbacks if isinstance(c, ChannelRemover)), None)
     if remover is not None:
         assert cli.trainer.global_step == remover.rounds + 1
