@@ -83,7 +83,11 @@ def reseed(resume_state: dict[str, Any], seed: int) -> dict[str, Any]:
             if own.get(key) is not None
         }
         ranks.append({**own, **fresh})
-    return {**resume_state, "ranks": ranks}
+    # samplers with a seed of their own (several processes) are to be given this one by who branches
+    data, key = dict(resume_state["data"]), "seed of the sampler"
+    if key in data:
+        data[key] = [seed if earlier >= 0 else earlier for earlier in data[key]]
+    return {**resume_state, "ranks": ranks, "data": data}
 
 
 def _seeded(state: dict[str, Any], seeds: list[int]) -> dict[str, Any]:
