@@ -118,6 +118,7 @@ if (table) {
       area.remove();
     }
     button.textContent = done ? "Copied" : "Could not copy";
+    button.dataset.copied = done;
     setTimeout(() => { button.textContent = label; }, 1500);
   };
   document.getElementById("md").addEventListener("click", event => copy(event.currentTarget, markdown()));

@@ -236,11 +236,11 @@ def test_the_table_is_copied_as_markdown_and_csv(browser: Any, path: Path, tmp_p
     head, rows = table_of(group_runs(runs(tmp_path / "again"), "val_acc"), "val_acc")
     with Opened(browser, path, DESKTOP, permissions=["clipboard-read", "clipboard-write"]) as page:
         page.click("#md")
-        page.wait_for_function("document.getElementById('md').textContent === 'Copied'")
+        page.wait_for_selector("#md[data-copied=true]")  # its text says so for a moment only
         copied = page.evaluate("navigator.clipboard.readText()")
         assert copied.replace("\r", "").splitlines() == markdown_of(head, rows).splitlines()
         page.click("#csv")
-        page.wait_for_function("document.getElementById('csv').textContent === 'Copied'")
+        page.wait_for_selector("#csv[data-copied=true]")  # its text says so for a moment only
         read = list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
         assert read[0] == head
         assert [row[:2] for row in read[1:]] == [[str(cell) for cell in row[:2]] for row in rows]
