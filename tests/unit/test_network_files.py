@@ -1,5 +1,6 @@
 """Networks that begin with a run's weights, or with a compact network's widths and fresh weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,17 +38,20 @@ def test_weights_come_back(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-def test_a_compact_networks_widths_with_fresh_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrap", [nn.Module.eval, ImageClassifier], ids=["network", "classifier"])
+def test_a_compact_networks_widths_with_fresh_weights(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """As :func:`save_compact` writes it, and as a fit of a classifier does."""
     pruned = small()
-    plan = plan_removal(trace_channels(pruned, X), Budget(macs=0.5))
-    compact(pruned, plan, X)
-    save_compact(pruned, tmp_path / "compact.safetensors")
-    whole = sum(p.numel() for p in small().parameters())
+    whole = wrap(pruned)
+    plan = plan_removal(trace_channels(whole, X), Budget(macs=0.5))
+    compact(whole, plan, X)
+    save_compact(whole, tmp_path / "compact.safetensors")
+    dense = sum(p.numel() for p in small().parameters())
     torch.manual_seed(5)
     network = shaped_like(small(), tmp_path / "compact.safetensors")
     shapes = {name: value.shape for name, value in pruned.state_dict().items()}
     assert {name: value.shape for name, value in network.state_dict().items()} == shapes
-    assert sum(p.numel() for p in network.parameters()) < whole
+    assert sum(p.numel() for p in network.parameters()) < dense
     matrices = [(name, p) for name, p in network.named_parameters() if p.dim() > 1]
     assert all(not torch.equal(p, pruned.get_parameter(name)) for name, p in matrices)
     weight = network.layer3[1].conv1.weight  # drawn for its present width: He's deviation, by its inputs

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from lightning_prune.compact_files import load_compact
+from lightning_prune.compact_files import KIND, VERSION, load_compact
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
+from lightning_prune.files import read_tensors
 
 
 def trained(network: nn.Module, weights: str | Path) -> nn.Module:
@@ -59,7 +60,8 @@ def shaped_like(network: nn.Module, compact: str | Path) -> nn.Module:
     Args:
         network: Of the original width, with a ``reset_parameters()`` that fills all its parameters by their present
             shapes, as the networks here have; changed in place.
-        compact: A file of :func:`save_compact`. Its weights are not used.
+        compact: A file of :func:`save_compact`, of such a network or of a classifier that holds it as ``network`` (what
+            a fit writes). Its weights are not used.
 
     Returns:
         The same network.
@@ -75,7 +77,11 @@ def shaped_like(network: nn.Module, compact: str | Path) -> nn.Module:
             f"{type(network).__name__} has no reset_parameters(), so shaped_like cannot give it fresh weights: define "
             "one that fills all its parameters."
         )
-    load_compact(network, compact)
+    tensors, _ = read_tensors(compact, kind=KIND, version=VERSION)
+    if all(name.startswith("network.") for name in tensors):
+        load_compact(nn.ModuleDict({"network": network}), compact)
+    else:
+        load_compact(network, compact)
     reset()
     return network
 
