@@ -24,7 +24,7 @@ fit() { # ARM RECIPE OPTIONS...: one run, unless it has been tested already
   local arm=$1 recipe=$2
   shift 2
   if grep -qs test_acc "runs/$home/$arm/metrics.csv"; then return; fi
-  rm -rf "runs/${home:?}/$arm"
+  [[ $command == echo* ]] || rm -rf "runs/${home:?}/$arm" # what an interrupted run has left
   $command fit --config "recipes/structured/$recipe.yaml" --trainer.logger.init_args.name "$home" \
     --trainer.logger.init_args.version "$arm" "$@" "${common[@]}"
 }
