@@ -1,5 +1,6 @@
-"""What sparsity training adds to a step: the penalty's own CPU time beside the whole step's, in the same fit."""
+"""What sparsity training adds to a step: CPU time of the penalty and of the whole step, medians of the same fit."""
 
+import statistics
 import time
 from typing import Any
 
@@ -18,30 +19,32 @@ pytestmark = pytest.mark.bench
 
 
 class Clock(pl.Callback):
-    """CPU time of whole steps, after the first two."""
+    """CPU time of each whole step, after the first two."""
 
     def __init__(self) -> None:
-        self.seconds = self.start = 0.0
+        self.start, self.seconds = 0.0, list[float]()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.start = time.process_time()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx > 1:
-            self.seconds += time.process_time() - self.start
+            self.seconds.append(time.process_time() - self.start)
 
 
 class Timed(SlimmingRegularizer):
-    """Adds up the CPU time of its own work, after the first two steps."""
+    """Notes the CPU time of its own work in each step, after the first two."""
 
-    seconds, calls = 0.0, 0
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.calls, self.seconds = 0, list[float]()
 
     def _timed(self, work: Any, *args: Any) -> None:
         start = time.process_time()
         work(*args)
         self.calls += 1
         if self.calls > 2:
-            self.seconds += time.process_time() - start
+            self.seconds.append(time.process_time() - start)
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         if self.update == "subgradient":
@@ -54,8 +57,7 @@ class Timed(SlimmingRegularizer):
 @pytest.mark.parametrize("update", ["subgradient", "proximal"])
 @pytest.mark.parametrize("coupled", ["each", "group"])
 @pytest.mark.parametrize(
-    ("build", "shape", "batch", "steps", "most"),
-    [(ResNet20, (3, 32, 32), 64, 12, 0.01), (MLP500300, (1, 28, 28), 256, 200, 0.06)],
+    ("build", "shape", "batch", "steps"), [(ResNet20, (3, 32, 32), 64, 12), (MLP500300, (1, 28, 28), 256, 200)]
 )
 def test_the_penalty_is_a_small_part_of_a_step(
     tmp_path: Any,
@@ -63,7 +65,6 @@ def test_the_penalty_is_a_small_part_of_a_step(
     shape: tuple[int, ...],
     batch: int,
     steps: int,
-    most: float,
     coupled: Any,
     update: Any,
 ) -> None:
@@ -72,9 +73,9 @@ def test_the_penalty_is_a_small_part_of_a_step(
     module = ToyModule(build(), lambda m: SGD(m.parameters(), 0.01, momentum=0.9))
     options = {"max_epochs": 1, "limit_val_batches": 0, "logger": False}
     trainer(tmp_path, [clock, penalise], **options).fit(module, DataLoader(data, batch), DataLoader(data, batch))
-    part = penalise.seconds / clock.seconds
+    ours, whole = statistics.median(penalise.seconds), statistics.median(clock.seconds)
     print(
-        f"\n{build.__name__}, batch {batch}, {update}, {coupled}: {penalise.seconds / (steps - 2) * 1e3:.3f} ms of "
-        f"{clock.seconds / (steps - 2) * 1e3:.1f} ms a step: {100 * part:.2f} %"
+        f"\n{build.__name__}, batch {batch}, {update}, {coupled}: {ours * 1e3:.3f} ms of {whole * 1e3:.1f} ms a step: "
+        f"{100 * ours / whole:.2f} %"
     )
-    assert 0 < part < most
+    assert 0 < ours < 0.01 * whole
