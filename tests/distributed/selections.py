@@ -148,6 +148,7 @@ def check_network(folder: Path, mesh: DeviceMesh) -> None:
     weights = dict(whole.named_parameters())
     expected = select(MagnitudeScores(weights), density=0.4)
     network(torch.randn(2, 6))  # FSDP2 may hold whole parameters now
+    reshard(network)
     masks = expected.placed_like(dict(network.named_parameters()))
     network(torch.randn(2, 6))
     masks.apply_(network)
