@@ -233,5 +233,9 @@ class RecipeCLI(LightningCLI):
             sys.argv = [before[0], *split_trust(before[1:])[1]]
         try:
             super().parse_arguments(parser, args)
+        except UnicodeDecodeError as error:
+            raise FileFormatError(
+                f"a recipe is a text in UTF-8, and one of the files given is none: {error}"
+            ) from error
         finally:
             sys.argv = before

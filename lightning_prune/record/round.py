@@ -58,17 +58,17 @@ class Round:
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        where = f"round {self.round!r} of the record"
+        where = f"round {self.round!r:.80} of the record"
         for name in ("round", "step", "epoch", "steps", "kept", "total", "removed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ConfigError(f"{where}: {name}={value!r} must be a whole number of at least 0.")
+                raise ConfigError(f"{where}: {name}={value!r:.80} must be a whole number of at least 0.")
         if self.kept > self.total:
             raise ConfigError(f"{where}: kept={self.kept} is more than total={self.total}.")
         if not isinstance(self.digest, str):
-            raise ConfigError(f"{where}: digest={self.digest!r} must be text.")
+            raise ConfigError(f"{where}: digest={self.digest!r:.80} must be text.")
         if self.unit not in ("weights", "channels"):
-            raise ConfigError(f"{where}: unit={self.unit!r} must be 'weights' or 'channels'.")
+            raise ConfigError(f"{where}: unit={self.unit!r:.80} must be 'weights' or 'channels'.")
         try:  # tensors and tuples become plain numbers and one order here, so that equality and JSON need no care
             plain = {
                 "per_layer": {str(k): (int(kept), int(total)) for k, (kept, total) in self.per_layer.items()},

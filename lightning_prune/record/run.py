@@ -134,10 +134,10 @@ class RunRecord:
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             found = content.get("format") if isinstance(content, dict) else None
-            raise FileFormatError(f"{where} is no run record: its format is {found!r}, expected {FORMAT!r}.")
+            raise FileFormatError(f"{where} is no run record: its format is {found!r:.80}, expected {FORMAT!r}.")
         version = content.get("version")
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise FileFormatError(f"{where} has no valid version: {version!r}, expected 1 to {VERSION}.")
+            raise FileFormatError(f"{where} has no valid version: {version!r:.80}, expected 1 to {VERSION}.")
         if version > VERSION:
             raise FileFormatError(
                 f"{where} has version {version}, this library reads up to {VERSION}; upgrade lightning-prune."

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def get_own_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the buffers that differ from rank 0's; a collective, empty for rank 0 and for one process.
 
-    DDP hands rank 0's buffers round before a training step, but a validation or a measurement in between reads each
-    process's own.
+    DDP hands rank 0's round before each forward pass of its wrapper. Other passes read each process's own, and with
+    ``broadcast_buffers=False`` all do.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return {}

@@ -78,6 +78,14 @@ class Classifier(ToyModule):
         return self.network(x)
 
 
+class Synchronised(Classifier):
+    """Validates over all processes, each of which reads BatchNorm statistics of its own."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.log("val_loss", loss, sync_dist=True)
+
+
 class Killer(pl.Callback):
     """Sends a signal to its own process after so many batches."""
 
@@ -143,6 +151,11 @@ class Case:
     trainer: dict[str, Any] = field(default_factory=dict)
     workers: int = 0
     module: type[ToyModule] = Classifier
+    every: int = 4
+    """Steps between checkpoints."""
+    at_epoch_end: bool = True
+    """Whether one is written there too."""
+    ddp: dict[str, Any] = field(default_factory=dict)
 
 
 _WHOLE = [0.7, 0.5]
@@ -215,10 +228,26 @@ CASES: dict[str, Case] = {
         images=True,
     ),
 }  # fmt: skip
+SYNCHRONISED = "lottery, synchronised validation"
+CASES[SYNCHRONISED] = Case(
+    lambda: [imp(), LRRewind("1ep"), TicketWriter()],
+    module=Synchronised,
+    every=6,
+    ddp={"broadcast_buffers": False},
+    at_epoch_end=False,
+)
 FORGETFUL = "a callback that forgets"
 HIDDEN = {FORGETFUL: Case(lambda: [imp(), TicketWriter(), Forgetful()])}
 """Not for those who count cases: it must be found to differ."""
-TOGETHER = ("lottery", "supermask", "slimming", "slimming, gates", "hrank, layer by layer", "channels, taylor")
+TOGETHER = (
+    "lottery",
+    SYNCHRONISED,
+    "supermask",
+    "slimming",
+    "slimming, gates",
+    "hrank, layer by layer",
+    "channels, taylor",
+)
 """Cases that are run on two processes too."""
 
 
@@ -252,14 +281,15 @@ def fit(
     module = module or case.module(net, lambda part: case.configure(part, case.steps))
     files = folder / RUN / "checkpoints"
     savers = [
-        ModelCheckpoint(files, every_n_train_steps=4, save_top_k=-1, filename="{step}"),
-        ModelCheckpoint(files, filename="{epoch}-end", save_top_k=-1, save_on_train_epoch_end=True),
+        ModelCheckpoint(files, every_n_train_steps=case.every, save_top_k=-1, filename="{step}"),
     ]
+    if case.at_epoch_end:
+        savers.append(ModelCheckpoint(files, filename="{epoch}-end", save_top_k=-1, save_on_train_epoch_end=True))
     callbacks = case.callbacks()
     length: dict[str, Any] = {} if "max_steps" in case.trainer else {"max_epochs": EPOCHS}
     spread: dict[str, Any] = {}
     if world > 1:
-        spread = {"devices": world, "strategy": pl.strategies.DDPStrategy(process_group_backend="gloo")}
+        spread = {"devices": world, "strategy": pl.strategies.DDPStrategy(process_group_backend="gloo", **case.ddp)}
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": CSVLogger(folder, name=RUN.parts[0], version=RUN.parts[1]),

@@ -179,7 +179,9 @@ class Undisturbed:
         return folder, self.seconds[folder.name]
 
 
-def stress(name: str, world: int, undisturbed: Undisturbed, rng: random.Random, kills: int, by_batches: bool) -> dict:
+def stress(
+    name: str, world: int, undisturbed: Undisturbed, rng: random.Random, kills: int, by_batches: bool, at: int = 0
+) -> dict[str, Any]:
     """Kill one run up to ``kills`` times, let it end, compare."""
     case = ALL[name]
     folder = undisturbed.home / f"{_short(name)}-{world}-{rng.randrange(10**6)}"
@@ -189,7 +191,7 @@ def stress(name: str, world: int, undisturbed: Undisturbed, rng: random.Random, 
         for _ in range(kills):
             victim = rng.randrange(world)
             if by_batches:
-                children = start(case, folder, world, undisturbed.seed, rng.randrange(3, 14), victim)
+                children = start(case, folder, world, undisturbed.seed, at or rng.randrange(3, 14), victim)
             else:
                 children = start(case, folder, world, undisturbed.seed)
                 code = wait(children[victim], rng.uniform(0.05, 0.8) * seconds)
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--moments", choices=("seconds", "batches"), default="seconds")
+    parser.add_argument("--kill-at", type=int, default=0, metavar="BATCH", help="instead of a random batch")
     parser.add_argument("--only", action="append", default=[], choices=ALL, metavar="CASE")
     parser.add_argument("--processes", type=int, action="append", choices=(1, 2))
     parser.add_argument("--every-checkpoint", action="store_true", help="kill nothing: resume from each checkpoint")
@@ -291,7 +294,8 @@ def main() -> None:
                 if given.every_checkpoint:
                     result = every_checkpoint(name, undisturbed)
                 else:
-                    result = stress(name, world, undisturbed, rng, given.kills, given.moments == "batches")
+                    by_batches = given.moments == "batches" or given.kill_at > 0
+                    result = stress(name, world, undisturbed, rng, given.kills, by_batches, given.kill_at)
                 results.append(result)
                 took = time.monotonic() - begin
                 print(f"{name} ({world}): {result['killed']} kills, {result['problem'] or 'equal'} ({took:.0f} s)")

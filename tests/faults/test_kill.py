@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.cases import CASES, FORGETFUL, TOGETHER
+from tests.faults.cases import CASES, FORGETFUL, SYNCHRONISED, TOGETHER
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -44,6 +44,14 @@ def test_every_callback_goes_on_after_a_kill(tmp_path: Path) -> None:
 def test_a_killed_process_of_two(tmp_path: Path) -> None:
     words = ["--kills", "1", "--moments", "batches", "--processes", "2", "--only", "lottery", "--only", "slimming"]
     check_survived(stress(tmp_path, *words))
+
+
+@pytest.mark.distributed
+def test_what_each_process_has_of_its_own_comes_back(tmp_path: Path) -> None:
+    """From a checkpoint after an epoch's last batch, validation is next: on statistics that only one process has."""
+    found = stress(tmp_path, "--kills", "1", "--processes", "2", "--only", SYNCHRONISED, "--kill-at", "19")
+    check_survived(found)
+    assert found[0]["resumed"] == ["step=18-round00.ckpt"]
 
 
 @pytest.mark.slow
