@@ -80,7 +80,7 @@ class Round:
                 "costs": {str(k): (int(now), int(dense)) for k, (now, dense) in self.costs.items()},
             }
         except (TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{where}: a count, metric or learning rate is no number ({error}).") from error
+            raise ConfigError(f"{where}: a count, metric or learning rate is no number ({error!s:.120}).") from error
         for name, value in plain.items():
             object.__setattr__(self, name, value)
 
