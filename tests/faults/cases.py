@@ -26,6 +26,7 @@ from lightning_prune import (
     CostProfiler,
     HRankPruner,
     IterativeMagnitudePruner,
+    LearnedSupermask,
     LRRewind,
     RoundConnectivity,
     SlimmingPruner,
@@ -228,6 +229,8 @@ CASES: dict[str, Case] = {
         images=True,
     ),
 }  # fmt: skip
+CASES["learned supermask"] = Case(lambda: [LearnedSupermask("edge_popup", 0.5)], configure=adam)
+CASES["learned supermask, stochastic"] = Case(lambda: [LearnedSupermask("stochastic", None)], configure=adam)
 SYNCHRONISED = "lottery, synchronised validation"
 CASES[SYNCHRONISED] = Case(
     lambda: [imp(), LRRewind("1ep"), TicketWriter()],

@@ -145,7 +145,10 @@ def difference(a: Any, b: Any, where: str = "end") -> str | None:
 def compare(whole: Path, killed: Path) -> str | None:
     """How the two runs' ends differ: state, record, and every file that others read."""
     ends = [torch.load(folder / "end.pt", weights_only=True) for folder in (whole, killed)]
-    records = [RunRecord.read(folder / RUN) for folder in (whole, killed)]
+    recorded = (whole / RUN / "record.json").exists()  # where something is cut
+    records = (
+        [RunRecord.read(folder / RUN) for folder in (whole, killed)] if recorded else [RunRecord({}), RunRecord({})]
+    )
     contents = [record.comparable() | {"costs": record.costs} for record in records]
     found = difference(*ends) or difference(*contents, "record")
     if found:
