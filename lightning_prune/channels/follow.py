@@ -56,6 +56,7 @@ class _ChildLabels(Labels):
             axes += [np.zeros(n, dtype=np.int64) for n in tensor.shape[len(axes) :]]
         super().__init__(given, graph.labels.approximate)
         self.thinned = graph.labels.thinned
+        self.thick = graph.labels.thick  # one input a group may be all that is left
         self.component = graph.grouping.component.copy()
         self.component[FIXED] = -1
         self.removable = graph.grouping.removable

@@ -133,14 +133,14 @@ def _row_matrices(
 ) -> list[tuple[np.ndarray, Op, tuple[int, int]]]:
     """Balance demands that are not met by themselves: (rows, entries) of components, -1 for what never leaves."""
     found = []
-    for number, (array, op) in enumerate(labels.balanced):
+    for number, (array, op, whole) in enumerate(labels.balanced):
         sizes = [n for n in array.shape if n > 1]
         comps = np.where(array == FIXED, -1, component[array])
         comps = np.where((comps >= 0) & removable[comps], comps, -1)
         for level in range(1, len(sizes)):
             rows = comps.reshape(int(np.prod(sizes[:level])), -1)
             ordered = np.sort(rows, axis=1)
-            if (ordered == ordered[:1]).all() or (ordered[:, :1] == ordered[:, -1:]).all():
+            if (ordered == ordered[:1]).all() or (whole and (ordered[:, :1] == ordered[:, -1:]).all()):
                 continue
             found.append((rows, op, (number, level)))
     return found

@@ -97,7 +97,9 @@ class Labels:
         self.issued: list[np.ndarray] = []
         self.consuming: list[np.ndarray] = []
         self.silenced: list[np.ndarray] = []  # read by no weight: zero where they are made, if they leave
-        self.balanced: list[tuple[np.ndarray, Op]] = []
+        # rows of which each must keep as many as the others, and whether a row that is one channel may leave whole
+        self.balanced: list[tuple[np.ndarray, Op, bool]] = []
+        self.thick: set[str | None] = set()  # weights of grouped convolutions with several inputs a group
         self.suspects: list[tuple[np.ndarray, Op]] = []
         self.products: list[Product] = []
         self.grouped: list[tuple[str, str, np.ndarray, int]] = []
@@ -239,11 +241,11 @@ class Labels:
         code cuts by position, so what lies in a piece depends on it.
         """
         assert self.op is not None
-        self.balanced.append((np.stack([np.moveaxis(p, axis, 0).ravel() for p in pieces]), self.op))
+        self.balanced.append((np.stack([np.moveaxis(p, axis, 0).ravel() for p in pieces]), self.op, False))
         _, rows = self.interleaved.get(id(factor), (factor, 1))
         if rows > 1 and len(span(factor)) == 1 and all(p.size % rows == 0 for p in pieces):
             for piece in pieces:
-                self.balanced.append((piece.reshape(-1, rows).T, self.op))
+                self.balanced.append((piece.reshape(-1, rows).T, self.op, True))
 
     def product(self, sizes: Sequence[int], factors: Sequence[np.ndarray]) -> None:
         """Note the multiply-adds of an index space; wider label arrays stand for narrower ones on the same axes."""

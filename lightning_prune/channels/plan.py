@@ -182,7 +182,6 @@ def plan_removal(
         raise ConfigError(f"scope={scope!r}: expected 'layer' or 'global'.")
     if not 0 < max_layer_fraction <= 1:
         raise ConfigError(f"max_layer_fraction={max_layer_fraction!r} must lie in (0, 1].")
-    _check_any(graph)
     chosen = cast("ChannelScores | None", scores)
 
     def widths(costs: CostModel, values: list[np.ndarray]) -> np.ndarray:
@@ -218,7 +217,6 @@ def plan_widths(graph: ChannelGraph, widths: Mapping[str, int], scores: ChannelS
                 f"{width} of {sizes[name]} channels of {name} would stay; expected from 1 (a layer cannot be emptied) "
                 f"to {sizes[name]}."
             )
-    _check_any(graph)
 
     def wanted(costs: CostModel, values: list[np.ndarray]) -> np.ndarray:
         found = np.array([widths.get(group.name, group.size) for group in graph.groups])
@@ -241,6 +239,7 @@ def _plan(
     choose_widths: Callable[[CostModel, list[np.ndarray]], np.ndarray],
     scores: ChannelScores | None,
 ) -> RemovalPlan:
+    _check_any(graph)
     values = [resolve(scores, group, graph.model).numpy() for group in graph.groups]
     costs = CostModel(graph)
     widths = choose_widths(costs, values)

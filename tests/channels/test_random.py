@@ -142,3 +142,18 @@ def check(kinds: list[str], widths: list[int], fraction: float, seed: int) -> An
     assert report.error < 1e-9
     model.train()(inputs).square().mean().backward()
     return report
+
+
+@pytest.mark.parametrize(
+    ("kinds", "widths", "fraction"),
+    [
+        (["grouped", "group_norm"], [10, 4], 0.3),  # all outputs of one group of the convolution are one channel
+        (["strided", "pool", "grouped", "group_norm"], [10, 4, 10, 10, 12], 0.3),
+        (["grouped", "grouped", "relu", "group_norm"], [6, 10, 6, 10, 6], 0.7),
+        (["grouped", "grouped", "prelu"], [10, 4, 4, 4], 0.3),  # one input is left to each group: still not depthwise
+        (["shuffle", "pad"], [10, 10, 12], 0.3),  # at the cut nothing that may leave is left
+    ],
+)
+def test_networks_that_once_failed(kinds: list[str], widths: list[int], fraction: float) -> None:
+    for seed in range(4):
+        check(kinds, widths + [4] * (8 - len(widths)), fraction, seed)

@@ -74,7 +74,7 @@ def _grouped(
     """
     out_channels, in_channels = op.outs[0].shape[1], op.args[0].shape[1]
     per_in, per_out = in_channels // groups, out_channels // groups
-    depthwise = per_in == 1 or (transposed and per_out == 1)
+    depthwise = (per_in == 1 or (transposed and per_out == 1)) and weight.name not in labels.thick
     if transposed:
         rows = labels.along(weight, 0)
         if incoming is not None and rows is not None:
@@ -106,8 +106,9 @@ def _grouped(
         if not isinstance(labels.modules.get(op.module), _ConvNd):
             labels.suspect(issued)  # how many groups there are is up to code that is not torch's own
         return issued
+    labels.thick.add(weight.name)
     if per_out > 1:
-        labels.balanced.append((issued.reshape(groups, per_out), op))
+        labels.balanced.append((issued.reshape(groups, per_out), op, False))
     places = labels.along(weight, 1)
     if incoming is None:
         if places is not None:

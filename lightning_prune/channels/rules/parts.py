@@ -67,7 +67,7 @@ def stack(labels: Labels, op: Op) -> None:
         rows = [np.expand_dims(labels.factors(v)[0], axis) for v in parts]
         joint = np.concatenate(rows, axis=axis)
         assert labels.op is not None
-        labels.balanced.append((np.moveaxis(joint, axis, 0).reshape(len(parts), -1), labels.op))
+        labels.balanced.append((np.moveaxis(joint, axis, 0).reshape(len(parts), -1), labels.op, False))
         out.factors = [joint]
         return
     out.factors = [np.expand_dims(f, axis) for f in labels.join(parts, parts[0].shape)]
@@ -292,7 +292,7 @@ def channel_shuffle(labels: Labels, op: Op) -> None:
     if ids is not None:
         table = ids.reshape(int(op.args[1]), -1)
         assert labels.op is not None
-        labels.balanced.append((table, labels.op))
+        labels.balanced.append((table, labels.op, False))
         labels.reordered = True
         mixed = table.T.reshape((1, -1) + (1,) * (len(out.shape) - 2))
         labels.interleaved[id(mixed)] = (mixed, len(table))

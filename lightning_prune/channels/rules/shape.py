@@ -124,7 +124,7 @@ def _through(
         axes = [b for b in right if moved.shape[b] > 1]
         if len(axes) > 1 and len(axes) > touched_count:
             assert labels.op is not None
-            labels.balanced.append((moved, labels.op))
+            labels.balanced.append((moved, labels.op, True))
     if id(factor) in labels.interleaved and len(span(moved)) == 1:
         labels.interleaved[id(moved)] = (moved, labels.interleaved[id(factor)][1])
     if not set(span(moved)) <= free:
