@@ -23,40 +23,49 @@ DTYPES = (torch.float32, torch.float64)
 
 def available(tensor: Tensor) -> bool:
     """Whether there is a compiled product for tensors of this kind: on a CPU, float32 or float64, with Numba."""
-    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and find_spec("numba") is not None
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and _installed()
 
 
-def product(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor, matrix: Tensor) -> Tensor:
-    """``weight @ matrix + bias``, on as many threads as torch's operators take.
+@functools.cache
+def _installed() -> bool:
+    return find_spec("numba") is not None  # looks through folders, at every forward pass if it were asked there
+
+
+def multiplier(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+    """``matrix -> weight @ matrix + bias``, on as many threads as torch's operators take.
 
     Args:
         starts: Where each row begins in ``columns`` and ``values``, and where the last one ends: (rows + 1,), int32.
-        columns: Column of each weight, (weights,), int32; under the number of rows of the matrix.
+        columns: Column of each weight, (weights,), int32; not checked to lie within the matrix.
         values: The weights, (weights,).
         bias: One for each row, (rows, 1) or (rows,).
-        matrix: (columns of the weight, n), of the same data type; copied where its rows are not contiguous.
 
     Returns:
-        (rows, n).
+        From a matrix (columns of the weight, n) of the same data type, copied where its rows are not contiguous, to
+        (rows, n). It reads the memory of these tensors for as long as it lives.
     """
-    rows = len(starts) - 1
-    matrix = matrix.contiguous()
-    out = torch.empty(rows, matrix.shape[1], dtype=matrix.dtype)
-    arrays = [tensor.detach().numpy() for tensor in (starts, columns, values, bias.reshape(-1), matrix, out)]
-    shares = min(torch.get_num_threads(), values.numel() * matrix.shape[1] // SMALLEST_SHARE)
-    if shares < 2:
-        _kernel()(*arrays, 0, rows)
+    kernel, rows = _kernel(), len(starts) - 1
+    parts = [tensor.detach().numpy() for tensor in (starts, columns, values, bias.reshape(-1))]
+
+    def multiply(matrix: Tensor) -> Tensor:
+        matrix = matrix.detach().contiguous()
+        out = matrix.new_empty(rows, matrix.shape[1])
+        arrays = [*parts, matrix.numpy(), out.numpy()]
+        shares = min(torch.get_num_threads(), len(parts[1]) * matrix.shape[1] // SMALLEST_SHARE)
+        if shares < 2:
+            kernel(*arrays, 0, rows)
+            return out
+        # rows are cut where each share has as many weights
+        wanted = np.linspace(0, len(parts[1]), shares + 1)[1:-1]
+        cuts = [0, *np.searchsorted(parts[0], wanted).clip(0, rows).tolist(), rows]
+        jobs = [_pool(shares).submit(kernel, *arrays, *share) for share in itertools.pairwise(cuts[1:])]
+        kernel(*arrays, *cuts[:2])
+        wait(jobs)
+        for job in jobs:
+            job.result()
         return out
-    # rows are cut where each share has as many weights
-    wanted = np.linspace(0, values.numel(), shares + 1)[1:-1]
-    cuts = [0, *np.searchsorted(arrays[0], wanted).clip(0, rows).tolist(), rows]
-    pool, kernel = _pool(shares), _kernel()
-    jobs = [pool.submit(kernel, *arrays, first, last) for first, last in itertools.pairwise(cuts[1:])]
-    kernel(*arrays, cuts[0], cuts[1])
-    wait(jobs)
-    for job in jobs:
-        job.result()
-    return out
+
+    return multiply
 
 
 @functools.cache

@@ -5,6 +5,7 @@ The product of compressed rows is torch's, or on a CPU one that Numba compiles (
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class _Compressed(nn.Module):
         column = weight.new_zeros(len(weight)) if bias is None else bias
         self.register_buffer("bias", column.detach().reshape(-1, 1).clone())
         self._rows: Tensor | None = None
+        self._multiply: Callable[[Tensor], Tensor] | None = None
 
     def product(self, matrix: Tensor) -> Tensor:
         """``weight @ matrix + bias``."""
@@ -44,18 +46,20 @@ class _Compressed(nn.Module):
             self._rows = torch.sparse_csr_tensor(*parts, self.shape, check_invariants=True)  # what a file held, too
         # the device, data type or machine may have changed since the layer was made
         if self.compiled and compiled_rows.available(matrix):
-            return compiled_rows.product(*parts, self.bias, matrix)
+            if self._multiply is None:
+                self._multiply = compiled_rows.multiplier(*parts, self.bias)
+            return self._multiply(matrix)
         return torch.addmm(self.bias, self._rows, matrix)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._rows = None
+        self._rows = self._multiply = None
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_rows": None}
+        return self.__dict__ | {"_rows": None, "_multiply": None}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._rows = None
+        self._rows = self._multiply = None
         super()._load_from_state_dict(*args, **kwargs)
 
 
