@@ -275,8 +275,8 @@ def test_the_command_says_what_is_wrong_without_a_page_of_traceback(
         ("rounds: 6", "rounds: six", """Parser key "rounds": Expected a <class 'int'>. Got value: six"""),
         ("rounds: 6", "round: 6", "IterativeMagnitudePruner': Option 'round' is not accepted"),
         ("fraction: 0.3", "fraction: 1.3", "ConfigError: fraction=1.3: expected the fraction"),
-        ("to: 10%", "to: 150%", "WeightRewind(to)='150%'"),
-        ("Pruner\n", "Prunner\n", "no attribute 'IterativeMagnitudePrunner'"),
+        pytest.param("to: 10%", "to: 150%", "WeightRewind(to)='150%'", marks=pytest.mark.slow),
+        pytest.param("Pruner\n", "Prunner\n", "no attribute 'IterativeMagnitudePrunner'", marks=pytest.mark.slow),
         ("SmallConvNet", "SmallCovNet", "SmallCovNet"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -43,6 +44,7 @@ def test_a_checkpoint_grows_by_one_bit_a_weight_and_one_snapshot(tmp_path: Path)
     assert snapshot <= rewound - masked < snapshot + state
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_twenty_rounds(tmp_path: Path) -> None:
     held: list[int] = []
 
