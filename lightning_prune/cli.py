@@ -141,14 +141,10 @@ def check_checkpoint(path: Path) -> None:
     Raises:
         FileFormatError: It is missing, damaged, or holds objects that only code could restore.
     """
-    if not path.is_file():
-        raise FileFormatError(f"--ckpt_path {path}: there is no such file.")
     try:
         load_archive(path)
     except FileFormatError as error:
-        raise FileFormatError(
-            f"--ckpt_path {path} is damaged or no checkpoint of tensors and plain values: {error}"
-        ) from error
+        raise FileFormatError(f"--ckpt_path: {error}") from error
 
 
 def closing_lines(folder: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as _serialize
 from torch import Tensor
 
@@ -231,6 +232,29 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise FileFormatError(f"{path} is no checkpoint of Lightning's: it has no state_dict.")
     return checkpoint
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read tensors by name: a ``state_dict`` or a checkpoint in a file of ``torch.save``, or any safetensors file.
+
+    Raises:
+        FileFormatError: It is missing, damaged, holds something else, or objects that only code could restore.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        content = load_archive(path)
+    elif not path.is_file():
+        raise FileFormatError(f"{path}: there is no such file; expected tensors by name.")
+    else:
+        try:
+            _check_header_size(path)
+            content = load_file(path)
+        except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+            raise FileFormatError(f"{path} is damaged or no safetensors file: {error}") from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FileFormatError(f"{path} holds a {type(content).__name__}; expected tensors by name.")
+    return state
 
 
 def _check_header_size(path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_prune.compact_files import load_compact
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
-from lightning_prune.files import load_archive
+from lightning_prune.files import read_state_dict
 from lightning_prune.recipes import essence, parse_yaml
 from lightning_prune.reports.zoo import torchvision_options, zoo
 
@@ -65,13 +65,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if path.suffix == ".safetensors":
         load_compact(model, path)
         return
-    if not path.is_file():
-        raise FileFormatError(f"--weights {path}: there is no such file.")
     try:
-        content = load_archive(path)
-        state = content.get("state_dict", content)
-    except (FileFormatError, AttributeError) as error:
-        raise FileFormatError(f"--weights {path} is no checkpoint of tensors ({error})") from error
+        state = read_state_dict(path)
+    except FileFormatError as error:
+        raise FileFormatError(f"--weights: {error}") from error
     try:
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:

@@ -115,7 +115,7 @@ BAD = [
     (["channels", "--model", f"{HERE}:small", "--pixels", "8", "--budget", "macs=2"], "must lie in (0, 1]"),
     (["channels", "--model", f"{HERE}:softmax_only", "--pixels", "8", "--budget", "macs=0.5"], "no channel of this"),
     (["channels", "--model", f"{HERE}:small", "--weights", "absent.ckpt"], "there is no such file"),
-    (["channels", "--model", f"{HERE}:small", "--weights", "pyproject.toml"], "no checkpoint of tensors"),
+    (["channels", "--model", f"{HERE}:small", "--weights", "pyproject.toml"], "no file that torch.save has written"),
     (["channels", "--model", "absent.yaml"], "is no recipe with a model"),
     (["export", "--model", f"{HERE}:small", "--output", "net.txt"], "ends in .onnx or .pt2"),
     (["export", "--model", f"{HERE}:small", "--output", "net.pt2", "--opset", "18"], "--opset belongs to ONNX"),

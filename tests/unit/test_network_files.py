@@ -64,19 +64,19 @@ def test_a_compact_networks_widths_with_fresh_weights(tmp_path: Path, wrap: Call
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "weights.ckpt"
-    with pytest.raises(FileFormatError, match=r"weights=.*weights.ckpt': there is no such file"):
+    with pytest.raises(FileFormatError, match=r"weights.ckpt: there is no such file"):
         trained(small(), file)
     with pytest.raises(FileFormatError, match="there is no such file"):
         trained(small(), tmp_path / "weights.safetensors")
     for path in (file, tmp_path / "weights.safetensors"):
         path.write_bytes(b"not a file of tensors at all")
-        with pytest.raises(FileFormatError, match="is damaged or no checkpoint of tensors"):
+        with pytest.raises(FileFormatError, match=r"is damaged,? or no (safetensors )?file"):
             trained(small(), path)
     torch.save([1, 2], file)
     with pytest.raises(FileFormatError, match="holds a list; expected tensors by name"):
         trained(small(), file)
     torch.save(small, file)  # code, which is not run
-    with pytest.raises(FileFormatError, match="is damaged or no checkpoint"):
+    with pytest.raises(FileFormatError, match="without running code"):
         trained(small(), file)
     torch.save(ResNet20(width=0.5).state_dict(), file)
     with pytest.raises(MaskMismatchError, match=r"does not fit this ResNet20.*size mismatch.*same width"):

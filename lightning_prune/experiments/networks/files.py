@@ -1,18 +1,12 @@
 """Networks that begin with what an earlier run has left: its weights, or only its widths."""
 
-import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from lightning_prune.compact_files import KIND, VERSION, load_compact
-from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
-from lightning_prune.files import read_tensors
+from lightning_prune.errors import ConfigError, MaskMismatchError
+from lightning_prune.files import read_state_dict, read_tensors
 
 
 def trained(network: nn.Module, weights: str | Path) -> nn.Module:
@@ -32,6 +26,7 @@ def trained(network: nn.Module, weights: str | Path) -> nn.Module:
 
     Example:
         >>> import tempfile
+        >>> import torch
         >>> network = nn.Linear(2, 3)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save(network.state_dict(), f"{folder}/weights.pt")
@@ -39,7 +34,9 @@ def trained(network: nn.Module, weights: str | Path) -> nn.Module:
         >>> torch.equal(copy.weight, network.weight)
         True
     """
-    state = _read(Path(weights))
+    state = read_state_dict(weights)
+    inside = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+    state = inside or state  # a classifier's checkpoint has the network under this name
     try:
         network.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
@@ -84,22 +81,3 @@ def shaped_like(network: nn.Module, compact: str | Path) -> nn.Module:
         load_compact(network, compact)
     reset()
     return network
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    """Tensors by name, those of a classifier's checkpoint without the name that the network has in it."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FileFormatError(f"weights={str(path)!r}: there is no such file.") from error
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise FileFormatError(
-            f"weights={str(path)!r} is damaged or no checkpoint of tensors ({type(error).__name__})."
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not state:
-        raise FileFormatError(f"weights={str(path)!r} holds a {type(content).__name__}; expected tensors by name.")
-    inside = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
-    return inside or state
