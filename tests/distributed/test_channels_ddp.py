@@ -1,10 +1,5 @@
 """Channels that leave under DDP, on two processes: the same cut everywhere, and training goes on in step."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +10,7 @@ from lightning_prune import RunRecord, load_compact, load_compact_checkpoint
 from tests._helpers.channels import Watch, pruner, wide_network, widths
 from tests._helpers.models import ToyModule, loaders, trainer
 from tests._helpers.wandb_runs import read_runs
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launch import run_pair
 
 pytestmark = pytest.mark.distributed
 
@@ -27,27 +21,8 @@ Found = dict[str, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Every fit of ``ddp_worker`` on two processes: what each of them saw."""
-    folder, jobs = tmp_path_factory.mktemp("ddp"), ("equal", "rewound", "resumed", "wandb", "failing")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    workers = []
-    for rank in range(2):
-        env = os.environ | {
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
-            "GROUP_RANK": "0", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-            "TORCHELASTIC_RUN_ID": "none", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.distributed.ddp_worker", str(folder), *jobs]
-        workers.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        outputs = [worker.communicate(timeout=200)[0].decode() for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-3000:]
-    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    return {job: [result[job] for result in results] for job in jobs}
+    jobs = ("equal", "rewound", "resumed", "wandb", "failing")
+    return run_pair("tests.distributed.ddp_worker", tmp_path_factory.mktemp("ddp"), *jobs)
 
 
 def test_two_processes_equal_one(found: Found, tmp_path: Path) -> None:
