@@ -10,17 +10,18 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks import monitors
+from lightning_prune.callbacks.claims import claim, give_up
 from lightning_prune.callbacks.company import compare_ranks, require_whole_network
 from lightning_prune.callbacks.folders import run_folder
 from lightning_prune.callbacks.removal import without_wrapper
+from lightning_prune.callbacks.resuming import check_checkpoint, require_same_settings, taking_up
 from lightning_prune.callbacks.rewind import named_state
 from lightning_prune.checkpoint import Ticket, save_ticket
 from lightning_prune.errors import ConfigError, ResumeError
-from lightning_prune.files import check_archive
 from lightning_prune.learned import MaskLearner, MaskSettings
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name
-from lightning_prune.resume import ResumeState
+from lightning_prune.resume import ResumeState, save_atomically
 
 FILE_NAME = "supermask.safetensors"
 
@@ -68,9 +69,9 @@ class LearnedSupermask(Callback):
 
     Raises:
         ConfigError: A value out of range; in ``setup``: a pruner, averaged weights or a sharding strategy beside it; in
-            ``on_fit_start``: nothing to mask, or a weight that no optimizer steps.
+            ``on_fit_start``: nothing to mask, a weight that no optimizer steps, an earlier run's ticket.
         SelectionError: A layer of which nothing is kept or sampled; scores that are NaN.
-        ResumeError: A checkpoint written without this callback, or with other settings.
+        ResumeError: A checkpoint written without this callback, with other settings, or with a damaged state.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -115,6 +116,7 @@ class LearnedSupermask(Callback):
         self._steps: dict[str, Callable[..., Any]] = {}
         self._handles: list[RemovableHandle] = []
         self._fits = False
+        self._save_as_before: Callable[[], None] | None = None
 
     # ------------------------------------------------------------------- set up
 
@@ -137,13 +139,13 @@ class LearnedSupermask(Callback):
         require_whole_network(trainer, "so no mask of a whole tensor can be learned")
         self.masks, self._loaded, self._state = None, None, {}
         self._resume.attach(trainer)
+        self._save_as_before = save_atomically(trainer)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Refuse a file with changed bytes, and one that has no scores."""
-        if trainer.ckpt_path and Path(trainer.ckpt_path).is_file():
-            check_archive(trainer.ckpt_path)
+        check_checkpoint(trainer)
         if self._fits and not checkpoint["callbacks"].get(self.state_key):
             raise ResumeError(
                 "the checkpoint was written without LearnedSupermask, so there are no scores and no frozen weights in "
@@ -151,15 +153,23 @@ class LearnedSupermask(Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze the weights, put scores in their place, and let the optimizers step those."""
+        """Freeze the weights, put scores in their place, and let the optimizers step those.
+
+        An earlier run's ticket is not written over.
+        """
         if monitors.averages(trainer):
             raise ConfigError(
                 "an averaging callback copies the network, and scores have no meaningful mean; leave it out."
             )
+        folder = self.dirpath or run_folder(trainer)
+        if folder is not None:
+            claim(trainer, folder, FILE_NAME)
         with without_wrapper(trainer, pl_module):
             self._learner = MaskLearner(pl_module, self.settings, self.exclude, self.include, self.train, self.affine)
             if self._loaded is not None:
-                self._learner.load_state_dict(self._loaded["learner"])
+                with taking_up(type(self).__name__):
+                    self._learner.load_state_dict(self._loaded)
+                self._loaded = None
         self._learner.take_over(trainer.optimizers)
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
         if self.samples:
@@ -253,6 +263,10 @@ class LearnedSupermask(Callback):
             self._release(pl_module)
             if self._learner is not None:
                 self._finish(pl_module, self._learner)
+            give_up(trainer)
+            if self._save_as_before is not None:
+                self._save_as_before()
+                self._save_as_before = None
 
     # -------------------------------------------------------------------- state
 
@@ -288,12 +302,7 @@ class LearnedSupermask(Callback):
         """Take up where a checkpoint stands."""
         if not self._fits or not state_dict:  # a test or a prediction needs the weights only
             return
-        ours = self.hyper_parameters()
-        for key, saved in state_dict["hyper_parameters"].items():
-            if ours.get(key) != saved:
-                raise ResumeError(
-                    f"the checkpoint was written with {key}={saved!r}, this run has {key}={ours.get(key)!r}. "
-                    "Resume with the same settings, or start a new run."
-                )
-        self._loaded = state_dict
-        self._resume.load_state_dict(state_dict["resume"])
+        with taking_up(type(self).__name__):
+            require_same_settings(state_dict["hyper_parameters"], self.hyper_parameters())
+            self._loaded = state_dict["learner"]
+            self._resume.load_state_dict(state_dict["resume"])

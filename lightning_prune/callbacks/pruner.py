@@ -23,12 +23,12 @@ from lightning_prune.callbacks.folders import tries_out
 from lightning_prune.callbacks.logs import add_companions
 from lightning_prune.callbacks.moments import check_schedule_length
 from lightning_prune.callbacks.recorder import RoundRecorder
+from lightning_prune.callbacks.resuming import check_checkpoint, require_same_settings, taking_up
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.task import describe_task
 from lightning_prune.callbacks.tickets import TicketWriter
-from lightning_prune.errors import ConfigError, PruneError, ResumeError
-from lightning_prune.files import check_archive
+from lightning_prune.errors import ConfigError, ResumeError
 from lightning_prune.record import RunRecord
 from lightning_prune.resume import ResumeState, save_atomically
 from lightning_prune.times import TrainTime
@@ -145,16 +145,8 @@ class RoundPruner(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse a file with changed bytes, which torch loads without a word.
-
-        Of a folder to which every process has added its part, this is the file that rank 0 has written.
-        """
-        if not trainer.ckpt_path:
-            return
-        path = Path(trainer.ckpt_path)
-        file = path / "meta.pt" if path.is_dir() else path
-        if file.is_file():
-            check_archive(file)
+        """Refuse a file with changed bytes."""
+        check_checkpoint(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find what to prune, read the length of one training, raise the limit to hold all rounds."""
@@ -338,25 +330,12 @@ class RoundPruner(Callback):
         """Take up where a checkpoint stands; more rounds than it was written for are allowed."""
         if self._schedule is None:  # a test or a prediction needs the weights only
             return
-        try:
+        with taking_up(type(self).__name__):
             self._take_up(state_dict)
-        except PruneError:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ResumeError(
-                f"the checkpoint's state of {type(self).__name__} is damaged, or of another version of this library "
-                f"({type(error).__name__}: {error!s:.200}). Resume from another checkpoint."
-            ) from error
 
     def _take_up(self, state_dict: dict[str, Any]) -> None:
         assert self._schedule is not None
-        ours = self.hyper_parameters()
-        for key, saved in state_dict["hyper_parameters"].items():
-            if ours.get(key) != saved:
-                raise ResumeError(
-                    f"the checkpoint was written with {key}={saved!r}, this run has {key}={ours.get(key)!r}. "
-                    "Resume with the same settings, or start a new run."
-                )
+        require_same_settings(state_dict["hyper_parameters"], self.hyper_parameters())
         if state_dict["schedule"]["round"] > self.rounds:
             raise ResumeError(
                 f"the checkpoint is in round {state_dict['schedule']['round']}, this run has rounds={self.rounds}."

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,7 @@ from lightning_prune import (
     ResumeError,
     load_ticket,
 )
+from lightning_prune.resume import AtomicCheckpointIO
 from tests._helpers.models import ToyModule, loaders, toy_data, toy_network, trainer
 
 POPUP: dict[str, Any] = {"method": "edge_popup", "density": 0.4, "init": "kaiming_constant", "scale_fan": True}
@@ -262,6 +264,36 @@ def test_bad_company(tmp_path: Path) -> None:
     fit(tmp_path / "g", [learn(density=0.5), SaveEverywhere(tmp_path)], enable_checkpointing=True, max_epochs=1)
     with pytest.raises(ResumeError, match=r"written with density=0\.5, this run has density=0\.4"):
         fit(tmp_path / "h", [learn(density=0.4)], ckpt_path=tmp_path / "epoch.ckpt")
+
+
+def test_a_run_does_not_write_over_another(tmp_path: Path) -> None:
+    """Nor leaves half a checkpoint: these are written as a pruner's are."""
+
+    class Written(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
+
+    learn = LearnedSupermask(**POPUP, dirpath=tmp_path / "ticket")
+    saver = SaveEverywhere(tmp_path)
+    fitted, _ = fit(tmp_path / "a", [learn, Written(), saver], enable_checkpointing=True, max_epochs=1)
+    assert type(fitted.strategy.checkpoint_io) is TorchCheckpointIO
+    with pytest.raises(ConfigError, match=r"holds supermask\.safetensors of an earlier run"):
+        fit(tmp_path / "b", [learn], max_epochs=1)
+    fit(tmp_path / "c", [learn], max_epochs=1, ckpt_path=tmp_path / "epoch.ckpt")
+
+
+@pytest.mark.parametrize("missing", ["hyper_parameters", "learner", "resume", "learner.scores"])
+def test_a_damaged_state_says_so(missing: str, tmp_path: Path) -> None:
+    fit(tmp_path / "a", [LearnedSupermask(), SaveEverywhere(tmp_path)], enable_checkpointing=True, max_epochs=1)
+    saved = torch.load(tmp_path / "epoch.ckpt", weights_only=True)
+    state = saved["callbacks"][LearnedSupermask().state_key]
+    *path, last = missing.split(".")
+    for key in path:
+        state = state[key]
+    del state[last]
+    torch.save(saved, tmp_path / "less.ckpt")
+    with pytest.raises(ResumeError, match="checkpoint's state of LearnedSupermask is damaged"):
+        fit(tmp_path / "b", [LearnedSupermask()], ckpt_path=tmp_path / "less.ckpt")
 
 
 @pytest.mark.parametrize(
