@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning_prune.errors import ConfigError
 from lightning_prune.files import atomic_write
 from lightning_prune.record import RunRecord
-from lightning_prune.reports.beside import Curve, curves_of_runs, find_analyses
+from lightning_prune.reports.beside import Analysed, curves_of_runs, find_analyses
 from lightning_prune.reports.figures import CHARTS, Figure, figures_of
 from lightning_prune.reports.lines import figures_of_analysis, figures_of_rounds
 from lightning_prune.reports.page import page_of
@@ -74,13 +74,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _charts(
-    groups: Sequence[Group], metric: str, analyses: Mapping[str, Sequence[Curve]], wanted: Sequence[str] | None
+    groups: Sequence[Group], metric: str, analyses: Mapping[str, Analysed], wanted: Sequence[str] | None
 ) -> list[Figure]:
     """The charts of the page that were asked for, by default all."""
     curves = {index: curves_of_runs([run.folder for run in group.runs]) for index, group in enumerate(groups)}
     figures = figures_of(groups, metric) if groups else []
     figures += figures_of_rounds(groups, {index: own for index, own in curves.items() if own})
-    figures += [figure for found in analyses.values() for figure in figures_of_analysis(found)]
+    figures += [figure for found in analyses.values() for figure in figures_of_analysis(found.curves)]
     missing = [key for key in wanted or () if key not in {figure.key for figure in figures}]
     if missing:
         there = ", ".join(dict.fromkeys(figure.key for figure in figures)) or "none"

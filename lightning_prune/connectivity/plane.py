@@ -1,7 +1,8 @@
 """The error on the plane through three networks."""
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from lightning_prune.connectivity.line import ErrorFunction, numbers
 from lightning_prune.connectivity.states import put_back, read_state, state_tensors
 from lightning_prune.errors import ConfigError
 from lightning_prune.progress import progress
+
+FORMAT = "lightning_prune.plane"
 
 Place = tuple[float, float]
 
@@ -33,6 +36,30 @@ class ErrorPlane:
     errors: Mapping[str, tuple[tuple[float, ...], ...]]
     places: tuple[Place, Place, Place]
     corners: Mapping[str, tuple[float, float, float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plane as JSON content."""
+        return {"format": FORMAT, "version": 1, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "ErrorPlane":
+        """A plane from what :meth:`to_json` gave.
+
+        Raises:
+            KeyError: Something is missing.
+            TypeError: Something is no number or no list.
+            ValueError: Numbers are not finite, or do not make a grid.
+        """
+        xs, ys = _finite(content["xs"]), _finite(content["ys"])
+        errors = {str(split): tuple(map(_finite, rows)) for split, rows in content["errors"].items()}
+        ends = [(split, _finite(own)) for split, own in content["corners"].items()]
+        a, b, c = ((x, y) for x, y in map(_finite, content["places"]))
+        corners = {str(split): (one, two, three) for split, (one, two, three) in ends}
+        sizes = {(len(rows), len(row)) for rows in errors.values() for row in rows}
+        rising = all(len(axis) > 1 and list(axis) == sorted(set(axis)) for axis in (xs, ys))
+        if sizes != {(len(ys), len(xs))} or not rising or corners.keys() != errors.keys():
+            raise ValueError("places and errors do not belong together")
+        return cls(xs, ys, errors, (a, b, c), corners)
 
 
 def error_plane(
@@ -124,6 +151,13 @@ class _Plane:
                 continue
             value = a[name] + s * (b[name] - a[name]) + t * (c[name] - a[name])
             own.copy_(value.clamp(min=0) if name.rpartition(".")[2] == "running_var" else value)
+
+
+def _finite(values: Iterable[Any]) -> tuple[float, ...]:
+    found = tuple(float(value) for value in values)
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a number is not finite")
+    return found
 
 
 def _dot(one: list[Tensor], other: list[Tensor]) -> float:

@@ -1,14 +1,11 @@
 """Planes through a branch point and the ends of two copies, measured once each."""
 
-from dataclasses import asdict
 from typing import Any
 
 from lightning_prune.connectivity import ErrorPlane
 from lightning_prune.files import read_json, write_json
 from lightning_prune.instability.analysis import Analysis, Unit
 from lightning_prune.instability.lines import Measuring, pairs
-
-FORMAT = "lightning_prune.plane"
 
 
 def measure_planes(analysis: Analysis, side: int) -> dict[str, ErrorPlane]:
@@ -36,19 +33,11 @@ def measure_planes(analysis: Analysis, side: int) -> dict[str, ErrorPlane]:
         content = read_json(path, "a measured plane") if path.exists() else None
         if content is None or not _fits(content, analysis, side):
             measuring = measuring or Measuring(analysis)
-            plane = measuring.plane(one, two, side)
-            content = {"format": FORMAT, "version": 1, **asdict(plane)}
+            content = measuring.plane(one, two, side).to_json()
             write_json(path, content)
-        found[path.parent.relative_to(analysis.folder).as_posix().replace("/", "-")] = _read(content)
+        found[path.parent.relative_to(analysis.folder).as_posix().replace("/", "-")] = ErrorPlane.from_json(content)
     return found
 
 
 def _fits(content: dict[str, Any], analysis: Analysis, side: int) -> bool:
     return len(content["xs"]) == side and list(content["errors"]) == analysis.settings.splits
-
-
-def _read(content: dict[str, Any]) -> ErrorPlane:
-    errors = {split: tuple(tuple(row) for row in rows) for split, rows in content["errors"].items()}
-    corners = {split: (a, b, c) for split, (a, b, c) in content["corners"].items()}
-    a, b, c = ((x, y) for x, y in content["places"])
-    return ErrorPlane(tuple(content["xs"]), tuple(content["ys"]), errors, (a, b, c), corners)

@@ -1,16 +1,20 @@
 """What runs leave beside their records: errors along lines between networks, ranks of feature maps."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lightning_prune.connectivity import ErrorPlane
+from lightning_prune.connectivity.plane import FORMAT as PLANE_FORMAT
 from lightning_prune.errors import FileFormatError
 from lightning_prune.files import read_json
 
 CONNECTIVITY_NAME, RANKS_NAME = "connectivity.json", "ranks.json"
 _VERSION = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Analysed:
+    """What ``lightning-prune connectivity`` has left in one folder.
+
+    Attributes:
+        curves: Errors along the lines between copies.
+        planes: Errors on planes through two copies and where they branched, by the folder below the analysis.
+    """
+
+    curves: Sequence[Curve]
+    planes: Mapping[str, ErrorPlane] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class LayerRanks:
     """Mean ranks of one layer's feature maps, each over the largest possible, and which channels stayed at the cut."""
 
@@ -65,7 +82,7 @@ def curves_of_run(folder: Path) -> list[Curve]:
         FileFormatError: Damaged, or of a later version.
     """
     path = folder / CONNECTIVITY_NAME
-    return _read(path, "lightning_prune.rounds", "lines", _curve) if path.is_file() else []
+    return _read(path, "lightning_prune.rounds", _each("lines", _curve)) if path.is_file() else []
 
 
 def curves_of_analysis(folder: Path) -> list[Curve]:
@@ -75,7 +92,7 @@ def curves_of_analysis(folder: Path) -> list[Curve]:
         FileFormatError: Damaged, or of a later version.
     """
     path = folder / CONNECTIVITY_NAME
-    return _read(path, "lightning_prune.connectivity", "lines", _curve) if path.is_file() else []
+    return _read(path, "lightning_prune.connectivity", _each("lines", _curve)) if path.is_file() else []
 
 
 def ranks_of_run(folder: Path) -> list[Ranks]:
@@ -85,7 +102,7 @@ def ranks_of_run(folder: Path) -> list[Ranks]:
         FileFormatError: Damaged, or of a later version.
     """
     path = folder / RANKS_NAME
-    return _read(path, "lightning_prune.ranks", "cuts", _ranks) if path.is_file() else []
+    return _read(path, "lightning_prune.ranks", _each("cuts", _ranks)) if path.is_file() else []
 
 
 def curves_of_runs(folders: Sequence[Path | None]) -> list[Curve]:
@@ -97,22 +114,42 @@ def curves_of_runs(folders: Sequence[Path | None]) -> list[Curve]:
     return [curve for folder in folders if folder is not None for curve in curves_of_run(folder)]
 
 
-def find_analyses(paths: Sequence[str | Path]) -> tuple[dict[str, list[Curve]], list[str]]:
-    """Analyses under ``paths``, by folder, and a message for each that cannot be read."""
-    found, problems = {}, []
+def find_analyses(paths: Sequence[str | Path]) -> tuple[dict[str, Analysed], list[str]]:
+    """Analyses under ``paths``, by folder, and a message for each file that cannot be read."""
+    found: dict[str, Analysed] = {}
+    problems: list[str] = []
     for path in map(Path, paths):
         for file in sorted(path.rglob(CONNECTIVITY_NAME)) if path.is_dir() else []:
-            try:
-                curves = curves_of_analysis(file.parent)
-            except FileFormatError as error:
-                problems.append(str(error))
-                continue
+            folder = file.parent
+            curves = readable(curves_of_analysis, folder, problems)
             if curves:
-                found[str(file.parent)] = curves
+                planes = {
+                    place.parent.relative_to(folder).as_posix(): plane
+                    for place in sorted(folder.rglob("plane*.json"))
+                    for plane in readable(_planes, place, problems)
+                }
+                found[str(folder)] = Analysed(curves, planes)
     return found, problems
 
 
-def _read(path: Path, wanted: str, key: str, build: Any) -> list[Any]:
+def readable(read: Callable[[Path], list[T]], path: Path, problems: list[str]) -> list[T]:
+    """What is read; of damaged files nothing, and a message is added to ``problems``."""
+    try:
+        return read(path)
+    except FileFormatError as error:
+        problems.append(str(error))
+        return []
+
+
+def _planes(path: Path) -> list[ErrorPlane]:
+    return _read(path, PLANE_FORMAT, lambda content: [ErrorPlane.from_json(content)])
+
+
+def _each(key: str, build: Callable[[dict[str, Any]], T]) -> Callable[[dict[str, Any]], list[T]]:
+    return lambda content: [build(entry) for entry in content[key]]
+
+
+def _read(path: Path, wanted: str, build: Callable[[dict[str, Any]], list[T]]) -> list[T]:
     content = read_json(path, f"a file of {wanted}")
     if not isinstance(content, dict) or not str(content.get("format")).startswith("lightning_prune."):
         raise FileFormatError(f"{path} is no file of lightning_prune's: it names no such format.")
@@ -122,7 +159,7 @@ def _read(path: Path, wanted: str, key: str, build: Any) -> list[Any]:
     if version != _VERSION:
         raise FileFormatError(f"{path} has version {version}, this library reads {_VERSION}; upgrade lightning-prune.")
     try:
-        return [build(entry) for entry in content[key]]
+        return build(content)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, AttributeError) as error:
         raise FileFormatError(f"{path} is damaged ({type(error).__name__}: {error}).") from error
 

@@ -1,15 +1,16 @@
 """A report as one HTML file that asks for nothing else: style, script and charts stand in it."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.errors import FileFormatError
-from lightning_prune.reports.beside import Curve, Ranks, curves_of_run, ranks_of_run
+from lightning_prune.connectivity import ErrorPlane
+from lightning_prune.reports.beside import Analysed, Curve, Ranks, curves_of_run, ranks_of_run, readable
 from lightning_prune.reports.figures import Figure, figures_of, label_of
 from lightning_prune.reports.lines import figures_of_analysis, figures_of_rounds
+from lightning_prune.reports.planes import plane_chart
 from lightning_prune.reports.runs import Group, notes_on
 from lightning_prune.reports.sections import count_text, frozen, layers, methods, rounds, where
 from lightning_prune.reports.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, line_chart, strip_chart
@@ -25,7 +26,7 @@ def page_of(
     groups: Sequence[Group],
     metric: str,
     problems: Sequence[str] = (),
-    analyses: Mapping[str, Sequence[Curve]] | None = None,
+    analyses: Mapping[str, Analysed] | None = None,
 ) -> str:
     """The report.
 
@@ -35,7 +36,7 @@ def page_of(
         groups: As of :func:`group_runs`; may be empty where there are analyses.
         metric: The metric of their points.
         problems: What could not be read; stands at the top.
-        analyses: Lines of ``lightning-prune connectivity``, by folder.
+        analyses: Lines and planes of ``lightning-prune connectivity``, by folder.
     """
     page = _Page()
     curves, ranks, damaged = _beside(groups)
@@ -74,9 +75,9 @@ class _Page:
             f"<figcaption>{escape(figure.note)}</figcaption></figure>"
         )
 
-    def grid(self, figures: Sequence[Figure]) -> str:
-        """Figures side by side."""
-        return f'<div class="charts">{"".join(self.chart(figure) for figure in figures)}</div>'
+    def grid(self, figures: Sequence[Figure], more: str = "") -> str:
+        """Figures side by side, and ``more`` of them that are HTML already."""
+        return f'<div class="charts">{"".join(self.chart(figure) for figure in figures)}{more}</div>'
 
     def main(self, groups: Sequence[Group], metric: str) -> str:
         """The metric against what is left, and speed-ups."""
@@ -93,11 +94,24 @@ class _Page:
         figures = figures_of_rounds(groups, curves)
         return f"<h2>Are successive rounds connected?</h2>{self.grid(figures)}" if figures else ""
 
-    def analysed(self, name: str, curves: Sequence[Curve]) -> str:
-        """Lines of an analysis."""
-        seeds = count_text(len({curve.seed for curve in curves}), "seed")
-        head = f"<h2>Stability to SGD noise</h2><p>{escape(name)}: {seeds}, {count_text(len(curves), 'line')}.</p>"
-        return head + self.grid(figures_of_analysis(curves))
+    def analysed(self, name: str, found: Analysed) -> str:
+        """Lines and planes of an analysis."""
+        counts = [(len({curve.seed for curve in found.curves}), "seed"), (len(found.curves), "line")]
+        counts += [(len(found.planes), "plane")] if found.planes else []
+        text = f"{escape(name)}: {', '.join(count_text(*pair) for pair in counts)}."
+        planes = "".join(_plane(*pair) for pair in found.planes.items())
+        return f"<h2>Stability to SGD noise</h2><p>{text}</p>{self.grid(figures_of_analysis(found.curves), planes)}"
+
+
+def _plane(name: str, plane: ErrorPlane) -> str:
+    split = next(reversed(list(plane.errors)))
+    title = f"{name}: error on the plane through two copies and where they branched"
+    errors = [[100 * error for error in row] for row in plane.errors[split]]
+    corners = zip(("other copy", "one copy", "branch point"), plane.places, strict=True)
+    drawn = plane_chart(title, plane.xs, plane.ys, errors, f"error, {split}, %", list(corners))
+    other, one, start = (f"{100 * error:.4g} %" for error in plane.corners[split])
+    note = f"Error of one copy {one}, of the other {other}, where they branched {start}. Distances: Euclidean."
+    return f"<figure><h3>{escape(title)}</h3>{drawn}<figcaption>{escape(note)}</figcaption></figure>"
 
 
 def _beside(groups: Sequence[Group]) -> tuple[dict[int, list[Curve]], dict[int, Ranks], list[str]]:
@@ -107,21 +121,13 @@ def _beside(groups: Sequence[Group]) -> tuple[dict[int, list[Curve]], dict[int, 
     problems: list[str] = []
     for index, group in enumerate(groups):
         for folder in (run.folder for run in group.runs if run.folder is not None):
-            found = _readable(curves_of_run, folder, problems)
+            found = readable(curves_of_run, folder, problems)
             if found:
                 curves.setdefault(index, []).extend(found)
-            cuts = _readable(ranks_of_run, folder, problems)
+            cuts = readable(ranks_of_run, folder, problems)
             if cuts and index not in ranks and len(ranks) < MOST_RANKS:
                 ranks[index] = cuts[0]
     return curves, ranks, problems
-
-
-def _readable(read: Callable[[Path], list[Any]], folder: Path, problems: list[str]) -> list[Any]:
-    try:
-        return read(folder)
-    except FileFormatError as error:
-        problems.append(str(error))
-        return []
 
 
 def _summary(groups: Sequence[Group]) -> str:

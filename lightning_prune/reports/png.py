@@ -8,7 +8,7 @@ from typing import Any
 from lightning_prune.errors import ConfigError
 from lightning_prune.files import atomic_write
 from lightning_prune.reports.figures import Figure, label_of
-from lightning_prune.reports.svg import MOST_LABELS, Line, label_places, place_of
+from lightning_prune.reports.svg import MOST_LABELS, Line, label_places, y_of
 
 COLOURS = ("#0072b2", "#c44e00", "#00805c", "#b0478a", "#946200", "#3d7ea6")
 
@@ -96,7 +96,7 @@ def _name_lines(axes, figure: Figure) -> None:  # type: ignore[no-untyped-def]
         return
     for line, _, height in label_places(drawn, figure.x, figure.y):
         mark = line.marks[line.label_at]
-        up = 0.87 * (place_of(figure.y, mark.y) - height)  # of the page's units, in points
+        up = 0.87 * (y_of(figure.y, mark.y) - height)  # of the page's units, in points
         right = figure.x.place(mark.x) + 0.019 * len(line.label) <= 1.06
         axes.annotate(
             line.label,

@@ -122,25 +122,25 @@ def line_chart(title: str, lines: Sequence[Line], x: Axis, y: Axis, ideal: str =
         ideal: Draw where both axes are equal, and call it this.
         guide: Draw a horizontal line here.
     """
-    parts = [_frame(x, y)]
+    parts = [frame(x, y)]
     if ideal:
         parts.append(_ideal(x, y, ideal))
     if guide is not None and y.low <= guide <= y.high:
-        parts.append(f'<path class="ideal" d="M{LEFT} {_y(y, guide)}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="ideal" d="M{LEFT} {y_of(y, guide)}H{WIDTH - RIGHT}"/>')
     drawn = [line for line in lines if line.marks]
     parts += [_line(line, x, y) for line in drawn]
     if len(drawn) <= MOST_LABELS:
         parts += _labels(drawn, x, y)
-    return _svg(title, HEIGHT, parts)
+    return svg(title, HEIGHT, parts)
 
 
 def _line(line: Line, x: Axis, y: Axis) -> str:
-    places = [(_x(x, m.x), _y(y, m.y)) for m in line.marks]
+    places = [(x_of(x, m.x), y_of(y, m.y)) for m in line.marks]
     forth = [a[0] <= b[0] for a, b in pairwise(places)]
     loose = " loose" if any(forth) and not all(forth) else ""  # measured values that go to and fro hang together less
     parts = [f'<path class="way{loose}" d="M{"L".join(f"{px:g} {py:g}" for px, py in places)}"/>']
     whiskers = [
-        f"M{px:g} {_y(y, m.low):g}V{_y(y, m.high):g}"
+        f"M{px:g} {y_of(y, m.low):g}V{y_of(y, m.high):g}"
         for (px, _), m in zip(places, line.marks, strict=True)
         if m.low != m.high
     ]
@@ -168,7 +168,7 @@ def _look(line: Line, kind: str) -> str:
 def label_places(lines: Sequence[Line], x: Axis, y: Axis) -> list[tuple[Line, float, float]]:
     """Where the names of lines stand, across and down: beside their point, a step up or down where one stands there."""
     step = 14
-    wanted = [(_y(y, line.marks[line.label_at].y), _x(x, line.marks[line.label_at].x), line) for line in lines]
+    wanted = [(y_of(y, line.marks[line.label_at].y), x_of(x, line.marks[line.label_at].x), line) for line in lines]
     done: list[tuple[Line, float, float]] = []
     for py, px, line in sorted(wanted, key=lambda item: item[:2]):
         reach = 9 * len(line.label) + 8
@@ -190,8 +190,8 @@ def _labels(lines: Sequence[Line], x: Axis, y: Axis) -> list[str]:
 
 def _ideal(x: Axis, y: Axis, name: str) -> str:
     low, high = max(x.low, y.low), min(x.high, y.high)
-    ends = f'x1="{_x(x, low)}" y1="{_y(y, low)}" x2="{_x(x, high)}" y2="{_y(y, high)}"'
-    place = f'x="{_x(x, high) - 16:g}" y="{_y(y, high) + 8:g}" text-anchor="end"'
+    ends = f'x1="{x_of(x, low)}" y1="{y_of(y, low)}" x2="{x_of(x, high)}" y2="{y_of(y, high)}"'
+    place = f'x="{x_of(x, high) - 16:g}" y="{y_of(y, high) + 8:g}" text-anchor="end"'
     return f'<line class="ideal" {ends}/><text class="soft" {place}>{escape(name)}</text>'
 
 
@@ -222,36 +222,35 @@ def strip_chart(title: str, label: str, rows: Sequence[tuple[str, Sequence[tuple
         crosses = "".join(f"M{px - 3:.1f} {middle - 3:g}l6 6m-6 0l6-6" for px, kept in places if not kept)
         dots = "".join(f"M{px:.1f} {middle:g}h0" for px, kept in places if kept)
         parts.append(f'<path class="gone c1" d="{crosses}"/><path class="dots c0" d="{dots}"/>')
-    return _svg(title, bottom + 44, parts)
+    return svg(title, bottom + 44, parts)
 
 
-def _svg(title: str, height: float, parts: Sequence[str]) -> str:
+def svg(title: str, height: float, parts: Sequence[str]) -> str:
+    """The element, with a title for screen readers."""
     name = escape(title, quote=True)
     return f'<svg viewBox="0 0 {WIDTH} {height:g}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
 
 
-def _x(axis: Axis, value: float) -> float:
+def x_of(axis: Axis, value: float) -> float:
+    """How far across a value stands in a chart."""
     return round(LEFT + axis.place(value) * (WIDTH - LEFT - RIGHT), 1)
 
 
-def _y(axis: Axis, value: float) -> float:
+def y_of(axis: Axis, value: float) -> float:
+    """How far down a value stands in a chart."""
     return round(HEIGHT - BOTTOM - axis.place(value) * (HEIGHT - TOP - BOTTOM), 1)
 
 
-def place_of(axis: Axis, value: float) -> float:
-    """How far down a value stands in a chart of this page."""
-    return _y(axis, value)
-
-
-def _frame(x: Axis, y: Axis) -> str:
+def frame(x: Axis, y: Axis) -> str:
+    """Grid lines, the texts at them and the axes' labels."""
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
     parts = []
     for tick, text in x.texts():
-        place = _x(x, tick)
+        place = x_of(x, tick)
         parts.append(f'<path class="grid" d="M{place} {TOP}V{bottom}"/>')
         parts.append(f'<text x="{place}" y="{bottom + 17}" text-anchor="middle">{escape(text)}</text>')
     for tick, text in y.texts():
-        place = _y(y, tick)
+        place = y_of(y, tick)
         parts.append(f'<path class="grid" d="M{LEFT} {place}H{right}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{place + 4:g}" text-anchor="end">{escape(text)}</text>')
     middle = (TOP + bottom) / 2

@@ -1,5 +1,6 @@
 """Errors on a plane against a bowl over coordinates worked out by hand."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import ConfigError
-from lightning_prune.connectivity import error_plane
+from lightning_prune.connectivity import ErrorPlane, error_plane
 
 A, B, C = ([0.0, 0.0, 1.0], [2.0, 0.0, 1.0], [1.0, 3.0, 1.0])
 
@@ -77,3 +78,22 @@ def test_what_cannot_work_is_named(change: dict[str, Any], message: str) -> None
     given: dict[str, Any] = {"state_a": state(A), "state_b": state(B), "state_c": state(C), "error": bowl}
     with pytest.raises(ConfigError, match=message):
         error_plane(network(), **(given | change))
+
+
+def test_a_plane_comes_back_from_json() -> None:
+    plane = error_plane(network(), state(A), state(B), state(C), bowl, points=3)
+    content = json.loads(json.dumps(plane.to_json()))
+    assert ErrorPlane.from_json(content) == plane
+    error = content["errors"]["error"]
+    changes: list[dict[str, Any]] = [
+        {"xs": content["xs"][:2]},
+        {"xs": content["xs"][::-1]},
+        {"errors": {"error": [*error[:2], [1, 2]]}},
+        {"errors": {}},
+        {"corners": {}},
+        {"ys": [0.0, 1.0, float("nan")]},
+        {"places": [[0, 0]]},
+    ]
+    for change in changes:
+        with pytest.raises(ValueError, match=r"belong together|not finite|unpack"):
+            ErrorPlane.from_json(content | change)

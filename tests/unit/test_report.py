@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_prune.cli import main
+from lightning_prune.connectivity import ErrorPlane
 from lightning_prune.files import write_json
 from lightning_prune.record import Round, RunRecord
 from lightning_prune.reports.page import page_of
@@ -203,6 +204,44 @@ def test_an_analysis_has_charts_without_any_record(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     main(["report", str(tmp_path), "--output", str(tmp_path / "p.png"), "--charts", "barrier", "line"])
     assert picture_size(tmp_path / "p.png")[0] > picture_size(tmp_path / "p.png")[1]  # two, side by side
+
+
+def parts_of(text: str, tag: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring("<svg" + text.split("<svg")[-1].split("</svg>")[0] + "</svg>").iter(tag))
+
+
+def test_planes_of_an_analysis_are_colours_of_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"seed": 0, "step": 5, "density": 1.0, "batch_norm": "interpolate", "aligned": False, "alphas": [0.0, 1.0],
+            "errors": {"test": [0.1, 0.2]}, "barriers": {"test": 0.0}}  # fmt: skip
+    write_json(
+        tmp_path / "connectivity.json", {"format": "lightning_prune.connectivity", "version": 1, "lines": [line]}
+    )
+    rows = [[0.1, 0.2, 0.4], [0.15, 0.3, 0.9]]
+    places, corners = ((0.0, 0.0), (2.0, 0.0), (1.0, 1.0)), {"test": (0.1, 0.4, 0.3)}
+    plane = ErrorPlane((0.0, 1.0, 2.0), (0.0, 1.0), {"test": tuple(map(tuple, rows))}, places, corners).to_json()
+    write_json(tmp_path / "seed0" / "5st" / "plane0-1.json", plane)
+    write_json(tmp_path / "seed0" / "9st" / "plane0-1.json", plane | {"ys": [0.0, 1.0, 2.0]})
+    main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")])
+    assert "9st/plane0-1.json is damaged (ValueError: places and errors" in capsys.readouterr().err
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "1 seed, 1 line, 1 plane." in text
+    assert "seed0/5st: error on the plane" in text
+    cells, spots = [part for part in parts_of(text, "rect") if len(part)], parts_of(text, "circle")
+    assert [cell[0].text for cell in cells] == [f"error, test, %: {100 * e:.4g}" for row in rows for e in row]
+    sides = {float(cell.attrib[side]) for cell in cells for side in ("width", "height")}
+    assert max(sides) - min(sides) < 0.3  # one length of a distance both ways
+    middles = [
+        [
+            float(cells[i].attrib[at]) + float(cells[i].attrib[size]) / 2
+            for at, size in (("x", "width"), ("y", "height"))
+        ]
+        for i in (0, 2, 4)
+    ]
+    np.testing.assert_allclose([(float(s.attrib["cx"]), float(s.attrib["cy"])) for s in spots], middles, atol=0.2)
+    colours = pytest.importorskip("matplotlib").colormaps["cividis"]
+    for cell, error in zip(cells, np.ravel(rows), strict=True):
+        drawn = [int(cell.attrib["fill"][i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        np.testing.assert_allclose(drawn, colours((error - 0.1) / 0.8)[:3], atol=0.06)
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1), st.floats(0, 1)), min_size=1, max_size=12))
