@@ -23,7 +23,8 @@ from lightning_prune.channels.criteria import (
     weight_scores,
     without_scale,
 )
-from lightning_prune.channels.plan import RemovalPlan, plan_removal
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.planning import plan_removal
 from lightning_prune.channels.scores import Reduction, score_random
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError

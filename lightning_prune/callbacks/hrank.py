@@ -16,7 +16,8 @@ from lightning_prune.callbacks.remover import ChannelRemover, check_count
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.criteria import relative
 from lightning_prune.channels.feature_maps import RankSums, sum_ranks
-from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.planning import plan_removal, plan_widths
 from lightning_prune.channels.rates import parse_rates, rank_scores, rates_of_layers, widths_by_rates
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError

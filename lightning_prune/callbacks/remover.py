@@ -30,7 +30,8 @@ from lightning_prune.channels.budget import Budget, CostModel
 from lightning_prune.channels.compact import verify
 from lightning_prune.channels.groups import ChannelGroup
 from lightning_prune.channels.passes import budgets_of_passes, rest_of
-from lightning_prune.channels.plan import RemovalPlan, plan_removal
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.planning import plan_removal
 from lightning_prune.channels.scores import fetch
 from lightning_prune.channels.surgery import check_optimizers
 from lightning_prune.channels.trace import ChannelGraph, trace_channels

@@ -17,7 +17,8 @@ from lightning_prune.callbacks.slimming import SlimmingRegularizer
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.criteria import check_criterion, without_scale
 from lightning_prune.channels.gates import gated_groups
-from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.planning import plan_removal, plan_widths
 from lightning_prune.channels.scores import Reduction, batch_norm_scales, score_batch_norm
 from lightning_prune.channels.slimming import count_near_zero, scale_norm_correlation
 from lightning_prune.channels.trace import ChannelGraph

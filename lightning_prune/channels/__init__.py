@@ -7,7 +7,8 @@ from lightning_prune.channels.choice import ChannelSelection
 from lightning_prune.channels.compact import CompactReport, compact
 from lightning_prune.channels.feature_maps import feature_ranks
 from lightning_prune.channels.groups import ChannelGroup, FrozenAxis
-from lightning_prune.channels.plan import RemovalPlan, plan_removal, plan_widths
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.planning import plan_removal, plan_widths
 from lightning_prune.channels.residual import Block
 from lightning_prune.channels.scores import score_batch_norm, score_norms, score_taylor
 from lightning_prune.channels.trace import ChannelGraph, trace_channels

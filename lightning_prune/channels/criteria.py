@@ -21,6 +21,7 @@ from lightning_prune.channels.scores import (
 )
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError, ResumeError
+from lightning_prune.prunable import close_names
 
 Criterion = str | Callable[[ChannelGroup, nn.Module], Tensor]
 
@@ -141,8 +142,6 @@ def check_criterion(criterion: Any, reduction: Any) -> None:
     Raises:
         ConfigError: They are not.
     """
-    from lightning_prune.prunable import close_names
-
     if not callable(criterion) and criterion not in CRITERIA:
         raise ConfigError(
             f"criterion={criterion!r} is unknown{close_names(str(criterion), CRITERIA)} A function of a group and the "

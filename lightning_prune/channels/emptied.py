@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from lightning_prune.channels.budget import CostModel
 from lightning_prune.channels.equality import check_inputs
+from lightning_prune.channels.fixed_sizes import followed
 from lightning_prune.channels.labels import FIXED, Slot
-from lightning_prune.channels.plan import RemovalPlan, make_plan
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.plan_content import make_plan
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.running import call_model, evaluation, named_tensors
 from lightning_prune.wrappers import uncompiled
@@ -41,8 +43,6 @@ def plan_emptied(graph: ChannelGraph) -> RemovalPlan | None:
             plan = make_plan(graph, kept, CostModel(graph))
             if not graph.labels.suspects:
                 return plan
-            from lightning_prune.channels.fixed_sizes import followed
-
             groups = len(graph.groups)
             if followed(graph, plan, kept) or len(graph.groups) >= groups:  # else groups froze: planned anew
                 return plan

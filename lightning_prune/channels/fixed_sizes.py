@@ -1,25 +1,21 @@
 """Sizes that forward code holds fixed: found by trying, frozen where the compact model does not follow."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lightning_prune.channels.budget import LEVELS, Family, families
 from lightning_prune.channels.follow import Outcome, attempt, examine
 from lightning_prune.channels.groups import make_groups
 from lightning_prune.channels.labels import FIXED
+from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.recording import Op, record
 from lightning_prune.channels.shuffles import fit_shuffled
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import PruneError
 
-if TYPE_CHECKING:
-    from lightning_prune.channels.plan import RemovalPlan
-
 MAX_TRIALS = 12
 
 
-def followed(graph: ChannelGraph, plan: "RemovalPlan", kept: np.ndarray) -> bool:
+def followed(graph: ChannelGraph, plan: RemovalPlan, kept: np.ndarray) -> bool:
     """Whether the forward code follows a plan; where it does not, the channels there are frozen.
 
     Trials cannot show every bond: code may take the size of one group from another whose trial width was the same.

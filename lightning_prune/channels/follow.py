@@ -2,18 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_prune.channels.attention import replaced
 from lightning_prune.channels.labels import FIXED, Labels
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.plan_content import choose, make_plan
 from lightning_prune.channels.recording import Op, Recording, record
 from lightning_prune.channels.surgery import named_tensors, set_attributes, substituted, take
 from lightning_prune.channels.trace import ChannelGraph, propagate
-
-if TYPE_CHECKING:
-    from lightning_prune.channels.plan import RemovalPlan
 
 # Whether memory must be copied depends on sizes (of a single head, never): these ops are not held against each other.
 _COPIES = {"clone", "contiguous"}
@@ -40,7 +38,7 @@ class Outcome:
 class _ChildLabels(Labels):
     """Labels of a compact model: its axes carry the labels that its parent's had, and whatever meets must agree."""
 
-    def __init__(self, graph: ChannelGraph, plan: "RemovalPlan") -> None:
+    def __init__(self, graph: ChannelGraph, plan: RemovalPlan) -> None:
         given: dict[str, list[np.ndarray]] = {}
         self.slot_of = np.full(graph.labels.count, -1)
         self.parent = graph.labels
@@ -124,7 +122,7 @@ class _ChildLabels(Labels):
         return True
 
 
-def run_child(graph: ChannelGraph, plan: "RemovalPlan") -> tuple[Recording, str | None]:
+def run_child(graph: ChannelGraph, plan: RemovalPlan) -> tuple[Recording, str | None]:
     """Record the model as the plan would leave it, with its own values. The model is as it was afterwards.
 
     Returns:
@@ -146,7 +144,7 @@ def run_child(graph: ChannelGraph, plan: "RemovalPlan") -> tuple[Recording, str 
     return recording, None
 
 
-def examine(graph: ChannelGraph, plan: "RemovalPlan", stays: np.ndarray) -> Outcome:
+def examine(graph: ChannelGraph, plan: RemovalPlan, stays: np.ndarray) -> Outcome:
     """Run the compact model and hold each of its operations against the parent's.
 
     Args:
@@ -204,10 +202,8 @@ def _differs(parent: Op, child: Op, stays: np.ndarray, cache: dict[int, int]) ->
 
 def attempt(
     graph: ChannelGraph, widths: np.ndarray, values: list[np.ndarray]
-) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
+) -> tuple[np.ndarray, RemovalPlan, Outcome]:
     """Plan these widths, and see whether the compact model follows: components that stay, the plan, the outcome."""
-    from lightning_prune.channels.plan import choose, make_plan
-
     kept = choose(graph, values, widths)
     plan = make_plan(graph, kept)
     stays = kept[graph.grouping.component]

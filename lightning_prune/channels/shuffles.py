@@ -1,24 +1,20 @@
 """Widths that come out of shuffles: code that cuts a shuffled axis by position decides what ends up where."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lightning_prune.channels.budget import LEVELS, Family, families
 from lightning_prune.channels.follow import Outcome, attempt
 from lightning_prune.channels.groups import make_groups
 from lightning_prune.channels.labels import Labels
+from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.trace import ChannelGraph, propagate
-
-if TYPE_CHECKING:
-    from lightning_prune.channels.plan import RemovalPlan
 
 MAX_FITS = 24
 
 
 def fit_shuffled(
     graph: ChannelGraph, widths: np.ndarray, values: list[np.ndarray]
-) -> tuple[np.ndarray, "RemovalPlan", Outcome]:
+) -> tuple[np.ndarray, RemovalPlan, Outcome]:
     """Adjust bound widths to what the compact model's own wiring makes of them.
 
     Code that cuts a shuffled axis by position decides by itself how many of each kind of channel end up where. Where

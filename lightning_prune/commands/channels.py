@@ -15,7 +15,8 @@ from rich.table import Table
 
 from lightning_prune.channels.budget import Budget, CostModel
 from lightning_prune.channels.groups import ChannelGroup
-from lightning_prune.channels.plan import RemovalPlan, plan_removal
+from lightning_prune.channels.plan import RemovalPlan
+from lightning_prune.channels.planning import plan_removal
 from lightning_prune.channels.trace import ChannelGraph, trace_channels
 from lightning_prune.commands.target import add_target_arguments, load_target
 from lightning_prune.errors import ConfigError

@@ -16,7 +16,7 @@ from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.compact import compact
 from lightning_prune.channels.equality import random_tensors
 from lightning_prune.channels.groups import FrozenAxis
-from lightning_prune.channels.plan import plan_removal
+from lightning_prune.channels.planning import plan_removal
 from lightning_prune.channels.trace import ChannelGraph, trace_channels
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import FileFormatError

@@ -106,7 +106,7 @@ def test_a_machine_too_busy_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_widths_suit_the_device_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     curve = CURVES["linear"]
     monkeypatch.setattr(
-        "lightning_prune.channels.plan.resolve_round_to", lambda step, _: 16 if step == "auto" else step
+        "lightning_prune.channels.planning.resolve_round_to", lambda step, _: 16 if step == "auto" else step
     )
     plan, _ = planned(monkeypatch, curve, 0.5, noise=0.0)
     assert all(group["kept"] % 16 == 0 for group in plan.groups)
