@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
-from lightning_prune.errors import BudgetError, ConfigError
+from lightning_prune.errors import BudgetError, ConfigError, TraceError
 
 BLOCKS = [
     "conv", "strided", "grouped", "depthwise", "batch_norm", "group_norm", "prelu", "relu", "residual", "project",
@@ -119,10 +119,10 @@ def build(kinds: list[str], widths: list[int]) -> nn.Module:
     seed=st.integers(0, 99),
 )
 def test_random_networks_are_equal(kinds: list[str], widths: list[int], fraction: float, seed: int) -> None:
-    check(kinds, widths, fraction, seed)
+    check_removal(kinds, widths, fraction, seed)
 
 
-def check(kinds: list[str], widths: list[int], fraction: float, seed: int) -> Any:
+def check_removal(kinds: list[str], widths: list[int], fraction: float, seed: int) -> Any:
     """Remove random channels; compact() holds the result against the masked parent."""
     torch.manual_seed(seed)
     model = build(kinds, widths)
@@ -134,6 +134,10 @@ def check(kinds: list[str], widths: list[int], fraction: float, seed: int) -> An
     try:
         plan = plan_removal(graph, Budget(channels=fraction), scores=lambda group, _: torch.rand(group.size))
     except BudgetError:  # stated, not silent: bound widths may not reach so low
+        return None
+    except TraceError as error:  # stated too: shuffles leave no choice near the budget
+        if "no width near this budget" not in str(error):
+            raise
         return None
     except ConfigError:  # every group turned out to hang on sizes that the code holds fixed
         assert not graph.groups
@@ -156,4 +160,4 @@ def check(kinds: list[str], widths: list[int], fraction: float, seed: int) -> An
 )
 def test_networks_that_once_failed(kinds: list[str], widths: list[int], fraction: float) -> None:
     for seed in range(4):
-        check(kinds, widths + [4] * (8 - len(widths)), fraction, seed)
+        check_removal(kinds, widths + [4] * (8 - len(widths)), fraction, seed)
