@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
+from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal, trace_channels
 from lightning_prune.channels.equality import random_tensors
 
 
@@ -402,6 +402,21 @@ def spread_weights(model: nn.Module, high: float = 0.5) -> nn.Module:
     return model.eval()
 
 
+def arrays_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """Copies of parameters and buffers."""
+    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def fill_by_hand(narrow: nn.Module, original: dict[str, np.ndarray], plan: RemovalPlan) -> None:
+    """Give a network that was built narrow what stays of the wide one's arrays, sliced by NumPy."""
+    for name, tensor in narrow.state_dict().items():
+        value = original[name]
+        for axis, indices in plan.keep.get(name, {}).items():
+            value = np.take(value, indices, axis=axis)
+        assert value.shape == tuple(tensor.shape), name
+        tensor.copy_(torch.from_numpy(value))
+
+
 def check_half_equals_narrow(model: nn.Module, narrow: nn.Module, shape: tuple[int, ...]) -> None:
     """Cut half of a network's heads; it is the original code built narrow, with weights sliced by NumPy.
 
@@ -410,17 +425,12 @@ def check_half_equals_narrow(model: nn.Module, narrow: nn.Module, shape: tuple[i
         narrow: The same code built at half the width; takes the weights that stay.
         shape: Of the input.
     """
-    original = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
+    original = arrays_of(model)
     x = torch.rand(shape, dtype=torch.float64)
     plan = plan_removal(trace_channels(model, x), Budget(channels=0.5))
     assert compact(model, plan, x).error < 1e-12
     assert list(plan.replaced) == ["attention"]
-    for key, tensor in narrow.state_dict().items():
-        value = original[key]
-        for axis, indices in plan.keep.get(key, {}).items():
-            value = np.take(value, indices, axis=axis)
-        assert value.shape == tuple(tensor.shape), key
-        tensor.copy_(torch.from_numpy(value))
+    fill_by_hand(narrow, original, plan)
     with torch.no_grad():
         assert_close(model(x), narrow(x))
         assert float(model(x).abs().max()) > 1e-3

@@ -16,7 +16,7 @@ from lightning_prune.channels.attention import replace, replaceable
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import EqualityError, MaskMismatchError, PruneError
 from tests.channels.attention_networks import NARROW, Block, X
-from tests.channels.networks import RotaryAttention, assert_close, check_half_equals_narrow, randomised
+from tests.channels.networks import RotaryAttention, arrays_of, assert_close, check_half_equals_narrow, randomised
 
 HALF = Budget(channels=0.5)
 
@@ -50,7 +50,7 @@ def _numpy_block(state: dict[str, np.ndarray], x: np.ndarray, heads: list[int], 
 
 def test_what_is_left_is_the_sum_over_the_heads_that_stay() -> None:
     model = randomised(Block(need_weights=False))
-    state = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
+    state = arrays_of(model)
     assert np.allclose(_numpy_block(state, X.numpy(), [0, 1, 2, 3], 3), model(X).detach().numpy(), atol=1e-12)
     plan = plan_removal(trace_channels(model, X), HALF)
     heads = sorted({i // 3 for i in plan.keep["attention.out_proj.weight"][1]})

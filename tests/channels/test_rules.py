@@ -2,12 +2,11 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 
 from lightning_prune.channels import Budget, compact, plan_removal, trace_channels
-from tests.channels.networks import CASES, Case, example, randomised
+from tests.channels.networks import CASES, Case, arrays_of, example, fill_by_hand, randomised
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
@@ -24,7 +23,7 @@ def test_compact_equals_the_network_built_by_hand(case: Case) -> None:
     inputs = example(case)
     if inputs.is_floating_point():
         inputs = inputs.double()
-    original = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
+    original = arrays_of(model)
     graph = trace_channels(model, inputs)
     plan = plan_removal(graph, Budget(channels=0.5))
     assert [g["kept"] for g in plan.groups] == [n // 2 for n in case.sizes]
@@ -32,12 +31,7 @@ def test_compact_equals_the_network_built_by_hand(case: Case) -> None:
     assert report.error < 1e-12
 
     by_hand = case.by_hand().double().eval()
-    for name, tensor in by_hand.state_dict().items():
-        value = original[name]
-        for axis, indices in plan.keep.get(name, {}).items():
-            value = np.take(value, indices, axis=axis)
-        assert value.shape == tuple(tensor.shape), name
-        tensor.copy_(torch.from_numpy(value))
+    fill_by_hand(by_hand, original, plan)
     with torch.no_grad():
         expected, found = by_hand(inputs), model(inputs)
     assert torch.equal(found, expected)

@@ -12,7 +12,7 @@ from lightning_prune.channels import Budget, RemovalPlan, compact, plan_removal,
 from lightning_prune.compact_files import load_compact, save_compact
 from lightning_prune.errors import ConfigError, EqualityError
 from tests.channels.attention_networks import NARROW, Block, X
-from tests.channels.networks import randomised
+from tests.channels.networks import arrays_of, randomised
 
 HALF = Budget(channels=0.5)
 
@@ -24,7 +24,7 @@ def _plan(model: nn.Module, x: torch.Tensor, budget: Budget = HALF) -> RemovalPl
 def test_every_head_attends_with_the_places_that_stay_and_the_old_scale() -> None:
     """The block with some places of each head, written out in NumPy on the full weights."""
     model = randomised(Block(24, 4, need_weights=False))
-    state = {n: t.detach().numpy().copy() for n, t in model.state_dict().items()}
+    state = arrays_of(model)
     x = torch.rand(2, 5, 24, dtype=torch.float64)
     plan = _plan(model, x)
     rows = np.array(plan.keep["attention.in_proj_weight"][0])
