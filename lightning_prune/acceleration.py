@@ -96,9 +96,9 @@ def accelerate(
     First, channels that the masks have emptied leave for real, exactly. Then every linear layer and convolution with
     at most half of its weights left is timed by turns with other forms of itself, on the inputs that it gets:
     compressed rows (convolutions over their patches) by torch's product and, on a CPU, by one that Numba compiles if it
-    is installed, and on a GPU 2:4. A form is taken where the whole 95 % interval
-    of its ratio lies under 0.95. At last the whole is timed beside the masked network, and where it is not faster the
-    forms are taken back. The model itself does not change.
+    is installed, and on a GPU 2:4. A form is taken where the whole 95 % interval of its ratio lies under 0.95. At last
+    the whole is timed beside the masked network, and where it is not faster the forms are taken back. The model itself
+    does not change.
 
     Args:
         model: Any module; in the data type and on the device where it will run.
@@ -128,16 +128,8 @@ def accelerate(
     with uncompiled(masked):
         plan, small = _without_emptied(masked, example_inputs, notes) if remove_channels else (None, masked)
         expected = _outputs(masked, example_inputs)
-        fast, layers = copy_model(small), []
-        for contiguous in (False, True):  # some code insists on the layout of a dense layer's outputs
-            fast = copy_model(small)
-            layers = _choose(fast, example_inputs, seconds, contiguous)
-            try:
-                error = _difference(expected, _outputs(fast, example_inputs))
-                break
-            except RuntimeError as failure:
-                if contiguous or "view" not in str(failure):
-                    raise
+        fast, layers, found = _in_other_forms(small, example_inputs, seconds)
+        error = _difference(expected, found)
         if all(layer.form == "dense" for layer in layers):
             fast = small  # not its copy, whose place in memory alone can make a few hundredths
         comparison = compare_latency(masked, fast, example_inputs, seconds=10 * seconds)
@@ -178,6 +170,20 @@ def _without_emptied(masked: nn.Module, example_inputs: Any, notes: list[str]) -
         notes.append(f"Emptied channels stayed: {error}")
         return None, masked
     return plan, small
+
+
+def _in_other_forms(
+    small: nn.Module, example_inputs: Any, seconds: float, contiguous: bool = False
+) -> tuple[nn.Module, list[LayerChoice], list[Tensor]]:
+    """A copy with every layer in its fastest form, what was chosen, and its outputs."""
+    fast = copy_model(small)
+    try:
+        layers = _choose(fast, example_inputs, seconds, contiguous)
+        return fast, layers, _outputs(fast, example_inputs)
+    except RuntimeError as failure:
+        if contiguous or "view" not in str(failure):
+            raise
+    return _in_other_forms(small, example_inputs, seconds, contiguous=True)  # as code insists on dense layers' layout
 
 
 def _choose(model: nn.Module, example_inputs: Any, seconds: float, contiguous: bool) -> list[LayerChoice]:

@@ -250,10 +250,10 @@ def test_code_that_insists_on_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     class Views(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = sparse_(nn.Linear(8, 6))
+            self.fc, self.last = sparse_(nn.Linear(8, 6)), sparse_(nn.Linear(18, 4))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.fc(x).view(-1)
+            return self.last(self.fc(x).view(-1, 18))  # fails while the second layer's input is looked for
 
     forms_take(monkeypatch, 0.5)
     monkeypatch.setattr(acceleration, "compare_latency", Faster(0.5))
