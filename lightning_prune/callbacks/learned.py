@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class LearnedSupermask(Callback):
         self._learner: MaskLearner | None = None
         self._loaded: dict[str, Any] | None = None
         self._state: dict[str, Any] = {}  # of the learner, when it is done
-        self._steps: dict[str, Callable[..., Any]] = {}
+        self._sampled: list[str] = []  # steps of the module that run once for each drawn mask
         self._handles: list[RemovableHandle] = []
         self._fits = False
         self._save_as_before: Callable[[], None] | None = None
@@ -181,7 +182,7 @@ class LearnedSupermask(Callback):
     def _sample(self, pl_module: pl.LightningModule, name: str) -> None:
         """Let an evaluation step run once for each drawn mask."""
         step = getattr(pl_module, name)
-        self._steps[name] = step
+        self._sampled.append(name)
 
         @functools.wraps(step)
         def sampled(*args: Any, **options: Any) -> Any:
@@ -224,13 +225,13 @@ class LearnedSupermask(Callback):
         if self._learner is None:
             return
         learner = self._learner
-        factors = learner.factors(learner.masks)
-        frozen = {name: weight * factors[name] for name, weight in learner.frozen.items()}
         masks = self.masks = self._finish(pl_module, learner)
         compare_ranks(masks.digest())
         folder = self.dirpath or run_folder(trainer)
         if folder is None or not trainer.is_global_zero:
             return
+        factors = learner.factors(masks)
+        frozen = {name: weight * factors[name] for name, weight in self._state["frozen"].items()}
         weights = {name: frozen.get(canonical_name(name), t) for name, t in named_state(pl_module).items()}
         info: dict[str, Any] = self.hyper_parameters() | {
             "density": masks.density,
@@ -248,9 +249,9 @@ class LearnedSupermask(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for name in self._steps:
+        for name in self._sampled:
             delattr(pl_module, name)
-        self._steps = {}
+        self._sampled = []
         self._resume.detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -272,15 +273,7 @@ class LearnedSupermask(Callback):
 
     def hyper_parameters(self) -> dict[str, Any]:
         """What the user gave, as JSON content."""
-        settings = self.settings
-        return {
-            "method": settings.method,
-            "density": settings.density,
-            "init": settings.init,
-            "scale_fan": settings.scale_fan,
-            "rescale": settings.rescale,
-            "start": settings.start,
-            "seed": settings.seed,
+        return asdict(self.settings) | {
             "exclude": list(self.exclude),
             "include": list(self.include),
             "train": list(self.train),

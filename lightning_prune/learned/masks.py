@@ -147,10 +147,12 @@ class MaskLearner:
         if isinstance(train, str):
             raise ConfigError(f"train={train!r}: expected a list of names; write train=[{train!r}].")
         names = [canonical_name(name) for name, _ in self._module.named_parameters(remove_duplicate=False)]
-        trained = {name for pattern in train for name in matching(pattern, names, "train") if name not in self._weights}
+        trained: set[str] = set()
         for pattern in train:
-            if not trained.intersection(matching(pattern, names, "train")):
+            found = set(matching(pattern, names, "train")) - self._weights.keys()
+            if not found:
                 raise ConfigError(f"train: {pattern!r} names weights that get a mask; exclude them to train them.")
+            trained |= found
         return trained
 
     def _generator(self, number: int, purpose: int) -> torch.Generator:
@@ -280,7 +282,7 @@ class MaskLearner:
     def state_dict(self) -> dict[str, Any]:
         """Frozen weights, scores and the number of the draw; copies, on the CPU."""
         return {
-            "frozen": {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()},
+            "frozen": {name: weight.to("cpu", copy=True) for name, weight in self.frozen.items()},
             "scores": {name: scores.detach().to("cpu", copy=True) for name, scores in self.scores.items()},
             "draw": self.draw,
         }
