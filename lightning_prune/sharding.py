@@ -5,6 +5,7 @@ whole. Several processes may hold the same box (replicas); the first of them cou
 ones are taken to be equal on all processes.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,10 +44,7 @@ class Box:
     @property
     def numel(self) -> int:
         """Its number of entries."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def slices(self) -> tuple[slice, ...]:

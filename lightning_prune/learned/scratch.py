@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PIECE = 2**17
+"""Entries of a piece."""
 
 
 class Scratch:
@@ -36,7 +37,7 @@ def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat pieces of tensors of one shape, side by side; views, so that they can be written to.
 
     Args:
-        tensors: Contiguous. On a CPU a piece has 2**15 entries at most, elsewhere it is the whole.
+        tensors: Contiguous. On a CPU a piece has :data:`PIECE` entries at most, elsewhere it is the whole.
     """
     size = PIECE if tensors[0].device.type == "cpu" else tensors[0].numel()
     return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
