@@ -127,8 +127,6 @@ def score_weights(
         >>> score_weights("magnitude_increase", torch.tensor([1.0, -2.0]), torch.tensor([1.5, 0.5]))
         tensor([ 0.5000, -1.5000])
     """
-    if criterion not in CRITERIA:
-        raise ConfigError(f"criterion {criterion!r} is unknown{close_names(str(criterion), CRITERIA)}")
     if gated not in ("last", "zero"):
         raise ConfigError(f"gated={gated!r} is unknown; choose 'last' or 'zero'.")
     inputs = _checked_inputs(criterion, {"initial": initial, "final": final, "grad": grad, "mask": mask})
@@ -145,6 +143,8 @@ def score_weights(
 
 
 def _checked_inputs(criterion: str, given: Mapping[str, Tensor | None]) -> _Inputs:
+    if criterion not in CRITERIA:
+        raise ConfigError(f"criterion {criterion!r} is unknown{close_names(str(criterion), CRITERIA)}")
     inputs = {name: tensor.detach() for name, tensor in given.items() if tensor is not None}
     missing = [name for name in CRITERIA[criterion] if name not in inputs]
     if missing:

@@ -96,22 +96,14 @@ def select(
     ignored = sum(remaining[name] for group in groups if group.protected for name in group.names)
     masks: dict[str, Tensor] = {}
     for group in groups:
-        dtype = common_dtype({name: dtypes[name] for name in group.names})
-        if layout is None:
-            pool = Pool(scores, group.names, earlier, dtype)
-        else:
-            pool = ShardedPool(scores, group.names, earlier, dtype, layout)
+        pool = _pool(scores, group, earlier, dtypes, layout)
         field = Competition(
             ordered=pool.ordered,
             remaining=sum(remaining[name] for name in group.names),
             total=sum(shapes[name].numel() for name in group.names),
             ignored=ignored,
         )
-        if counting == "exact" or group.protected:
-            count = _exact_count(group, field)
-        else:
-            count = RULES[counting].count(field, float(group.amount))
-        masks.update(pool.keep_largest(count))
+        masks.update(pool.keep_largest(_count(group, field, counting)))
     return MaskSet({name: masks[name] for name in shapes})
 
 
@@ -138,7 +130,23 @@ class _Group:
     protected: bool = False  # by a rate of 0: no counting rule takes any of it
 
 
-def _exact_count(group: _Group, field: Competition) -> int:
+def _pool(
+    scores: Mapping[str, Tensor],
+    group: _Group,
+    earlier: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    layout: Layout | None,
+) -> Pool:
+    dtype = common_dtype({name: dtypes[name] for name in group.names})
+    if layout is None:
+        return Pool(scores, group.names, earlier, dtype)
+    return ShardedPool(scores, group.names, earlier, dtype, layout)
+
+
+def _count(group: _Group, field: Competition, counting: str) -> int:
+    """How many entries leave."""
+    if counting != "exact" and not group.protected:
+        return RULES[counting].count(field, float(group.amount))
     if group.kind == "fraction":
         return round(group.amount * field.remaining)
     if group.kind == "density":
