@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "recipes", "reports"},
-    {"instability"},
+    {"instability", "sweep"},
     {"commands"},
     {"cli"},
 ]
