@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
     {"instability", "sweep"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
