@@ -21,6 +21,7 @@ from lightning_prune.callbacks import (
     SlimmingRegularizer,
     SupermaskScorer,
     TicketWriter,
+    TrainingCost,
     WeightRewind,
     load_compact_checkpoint,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "TicketWriter",
     "TraceError",
     "TrainTime",
+    "TrainingCost",
     "WandbReporter",
     "WeightRewind",
     "WriteError",

@@ -13,6 +13,7 @@ from lightning_prune.callbacks.slimming import SlimmingRegularizer
 from lightning_prune.callbacks.slimming_pruner import SlimmingPruner
 from lightning_prune.callbacks.supermask import SupermaskScorer
 from lightning_prune.callbacks.tickets import TicketWriter
+from lightning_prune.callbacks.training_cost import TrainingCost
 
 __all__ = [
     "ChannelPruner",
@@ -28,6 +29,7 @@ __all__ = [
     "SlimmingRegularizer",
     "SupermaskScorer",
     "TicketWriter",
+    "TrainingCost",
     "WeightRewind",
     "load_compact_checkpoint",
 ]

@@ -128,6 +128,18 @@ def send_round_end(trainer: "pl.Trainer", pl_module: "pl.LightningModule", recor
         callback.on_round_end(trainer, pl_module, record)
 
 
+def send_scoring(trainer: "pl.Trainer", pl_module: "pl.LightningModule", examples: int) -> None:
+    """Tell every callback that defines ``on_scoring`` that a pruner ran examples through the network to score it.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        examples: Forward passes of one example, of all processes together.
+    """
+    for callback in listeners(trainer, "on_scoring"):
+        callback.on_scoring(trainer, pl_module, examples)
+
+
 def send_costs(trainer: "pl.Trainer", row: dict[str, Any]) -> None:
     """Give a measurement of :class:`CostProfiler` to every callback that defines ``record_costs``."""
     for callback in listeners(trainer, "record_costs"):

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.events import PruneEvent, send_scoring
 from lightning_prune.callbacks.image_batches import check_images, share, training_batches
 from lightning_prune.callbacks.remover import ChannelRemover, check_count
 from lightning_prune.channels.budget import Budget
@@ -145,6 +145,7 @@ class HRankPruner(ChannelRemover):
             return {group.name: self._scores[group.name][: group.size] for group in graph.groups}
         batches = training_batches(trainer, pl_module, graph.model, self.images, self.seed)
         ranks = _over_processes(sum_ranks(graph, batches, share(self.images, trainer)), trainer)
+        send_scoring(trainer, pl_module, ranks.images)
         scores, self.weak = rank_scores(graph, ranks)
         self._ranks = _content(ranks)
         if self.weak:

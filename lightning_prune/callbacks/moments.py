@@ -142,7 +142,7 @@ def check_schedule_length(trainer: pl.Trainer, total_steps: int, epochs: int | N
             is what happens when it is built for the length of all rounds.
     """
     for config in trainer.lr_scheduler_configs:
-        length = _schedule_length(config.scheduler)
+        length = schedule_length(config.scheduler)
         expected = epochs if config.interval == "epoch" else total_steps
         if length is None or not expected:
             continue
@@ -159,15 +159,16 @@ def check_schedule_length(trainer: pl.Trainer, total_steps: int, epochs: int | N
             rank_zero_warn(f"{name} is {length} {unit} long and one training {expected}: it ends before a round does.")
 
 
-def _schedule_length(scheduler: Any) -> int | None:
+def schedule_length(scheduler: Any) -> int | None:
+    """Length of a schedule in its own steps; ``None`` where it has none."""
     if isinstance(scheduler, OneCycleLR):
         return scheduler.total_steps
     if isinstance(scheduler, CosineAnnealingLR):
         return scheduler.T_max
     if isinstance(scheduler, SequentialLR):
-        last = _schedule_length(scheduler._schedulers[-1])
+        last = schedule_length(scheduler._schedulers[-1])
         return None if last is None else scheduler._milestones[-1] + last
     if isinstance(getattr(scheduler, "_schedulers", None), list | tuple):
-        lengths = [n for n in map(_schedule_length, scheduler._schedulers) if n is not None]
+        lengths = [n for n in map(schedule_length, scheduler._schedulers) if n is not None]
         return max(lengths, default=None)
     return None

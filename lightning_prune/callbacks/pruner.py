@@ -188,6 +188,11 @@ class RoundPruner(Callback):
         return self._recorder.folder
 
     @property
+    def one_training(self) -> bool:
+        """Whether, in a fit, all rounds lie within one training of the Trainer's length, and none is set back."""
+        return self._running.goes_on
+
+    @property
     def record(self) -> RunRecord | None:
         """This run's record so far, once a fit has begun."""
         return self._recorder.record

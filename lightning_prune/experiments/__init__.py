@@ -25,9 +25,14 @@ from lightning_prune.experiments.networks import (
     ResNet56,
     ResNet110,
     SmallConvNet,
+    convnext_cifar,
+    efficientnet_cifar,
+    mobilenet_v2_cifar,
     shaped_like,
+    shufflenet_v2_cifar,
     torchvision_model,
     trained,
+    vit_cifar,
 )
 from lightning_prune.experiments.schedules import Cosine, Drops, OneCycle, Schedule
 
@@ -58,7 +63,12 @@ __all__ = [
     "SmallConvNet",
     "TensorDataModule",
     "TensorLoader",
+    "convnext_cifar",
+    "efficientnet_cifar",
+    "mobilenet_v2_cifar",
     "shaped_like",
+    "shufflenet_v2_cifar",
     "torchvision_model",
     "trained",
+    "vit_cifar",
 ]

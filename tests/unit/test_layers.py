@@ -23,10 +23,9 @@ LAYERS: list[set[str]] = [
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "recipes", "reports"},
-    {"instability", "sweep"},
+    {"instability"},
     {"commands"},
     {"cli"},
-    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
@@ -87,6 +86,7 @@ PUBLIC = [
     "SlimmingRegularizer",
     "Ticket",
     "TicketWriter",
+    "TrainingCost",
     "TraceError",
     "TrainTime",
     "WandbReporter",
