@@ -31,6 +31,7 @@ COMMANDS = {
     "models": "lightning_prune.commands.models",
     "profile": "lightning_prune.commands.profile",
     "report": "lightning_prune.commands.report",
+    "sweep": "lightning_prune.commands.sweep",
     "wandb-report": "lightning_prune.commands.wandb_report",
 }
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""

@@ -50,8 +50,10 @@ DENIED = (
     "lightning.pytorch.serve",
     "lightning.pytorch.strategies.launchers",
     "lightning.pytorch.utilities",
+    "lightning_prune.__main__",
     "lightning_prune.cli",
     "lightning_prune.commands",
+    "lightning_prune.sweep",
     "torch.utils.data.datapipes",
     "torchvision.datasets.utils",
 )

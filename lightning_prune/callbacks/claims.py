@@ -39,7 +39,7 @@ def claim(trainer: "pl.Trainer", folder: str | Path, *leavings: str) -> None:
     folder = Path(folder).resolve()
     holder = _held.get(folder)
     if holder is None:
-        _held[folder] = (id(trainer), _lock(folder))
+        _held[folder] = (id(trainer), lock_folder(folder))
     elif holder[0] != id(trainer):
         raise _taken(folder, "another fit of this process")
     if trainer.ckpt_path is not None:
@@ -61,7 +61,13 @@ def give_up(trainer: "pl.Trainer") -> None:
             file.close()  # with it goes the lock
 
 
-def _lock(folder: Path) -> IO[str]:
+def lock_folder(folder: Path) -> IO[str]:
+    """Lock a folder for this process until the file that is returned is closed; make it where it is missing.
+
+    Raises:
+        ConfigError: Another process holds it.
+        WriteError: It cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / LOCK_NAME, "a+", encoding="utf-8")  # noqa: SIM115  (open as long as the run lasts)

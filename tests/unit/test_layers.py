@@ -23,9 +23,10 @@ LAYERS: list[set[str]] = [
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "recipes", "reports"},
-    {"instability"},
+    {"instability", "sweep"},
     {"commands"},
     {"cli"},
+    {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}

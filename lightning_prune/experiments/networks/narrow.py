@@ -169,9 +169,7 @@ def vit_cifar(num_classes: int = 10, width: float = 1.0, image_size: int = 32, p
     from torchvision.models import VisionTransformer  # slow to import
 
     if min(image_size, patch_size) < 1 or image_size % patch_size:
-        raise ConfigError(
-            f"image_size={image_size!r} must be a multiple of patch_size={patch_size!r}, at least 1."
-        )
+        raise ConfigError(f"image_size={image_size!r} must be a multiple of patch_size={patch_size!r}, at least 1.")
     with no_draws():
         hidden, inner = 4 * scaled(16, width), scaled(256, width)
         network = VisionTransformer(image_size, patch_size, 4, 4, hidden, inner, num_classes=check_classes(num_classes))
