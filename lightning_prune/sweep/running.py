@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,21 +58,6 @@ def _lock(folder: Path) -> IO[str]:
         return lock_folder(folder)
     except ConfigError as error:
         raise BusyError(str(error)) from error
-
-
-def run_program(words: Sequence[str], log: Path) -> int:
-    """Run ``lightning-prune`` with these words as a process of its own; it ends with this one."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(words)}\n")
-        file.flush()
-        command = [sys.executable, "-m", "lightning_prune", *words[1:]]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT) as child:
-            try:
-                return child.wait()
-            except BaseException:
-                child.terminate()
-                raise
 
 
 @contextmanager
