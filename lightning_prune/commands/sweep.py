@@ -119,5 +119,6 @@ def _list(arms: Sequence[Arm], output: Path) -> None:
 def _report(problems: Sequence[str], count: int) -> None:
     """Repeat what failed; the exit status tells it."""
     if problems:
-        print(f"\n{len(problems)} of {count} arms failed:", *problems, sep="\n  ", file=sys.stderr)
+        first_lines = [problem.splitlines()[0] for problem in problems]
+        print(f"\n{len(problems)} of {count} arms failed:", *first_lines, sep="\n  ", file=sys.stderr)
         raise PruneError(f"{len(problems)} of {count} arms failed.")

@@ -193,6 +193,7 @@ def run_stage(stage: Stage, output: Path, runner: Runner) -> float:
     content["essence"] = essence_of(stage, output)
     write_json(path, content | {"done": False, "seconds": spent})
     log = stage.folder.parent / "logs" / f"{stage.folder.name}.log"
+    written = log.stat().st_size if log.exists() else 0
     begin = time.monotonic()
     try:
         status = runner(words, log)
@@ -200,7 +201,7 @@ def run_stage(stage: Stage, output: Path, runner: Runner) -> float:
         spent += time.monotonic() - begin
         write_json(path, content | {"done": False, "seconds": spent})
     if status != 0:
-        raise StageError(f"{stage.folder}: exit status {status}. The end of {log}:\n{_tail(log)}")
+        raise StageError(f"{stage.folder}: exit status {status}. The end of {log}:\n{_tail(log, written)}")
     if not (stage.folder / COST_NAME).exists():
         raise StageError(f"{stage.folder}: the fit ended without {COST_NAME}; see {log}.")
     for leftover in (stage.folder / "checkpoints").glob("resume*.ckpt"):
@@ -209,10 +210,13 @@ def run_stage(stage: Stage, output: Path, runner: Runner) -> float:
     return spent
 
 
-def _tail(log: Path) -> str:
+def _tail(log: Path, begin: int) -> str:
+    """The last lines that a fit has written, without its command."""
     if not log.exists():
-        return "(nothing)"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        return "    (nothing)"
+    with log.open("rb") as file:
+        file.seek(begin)
+        lines = [line for line in file.read().decode(errors="replace").splitlines() if not line.startswith("$ ")]
     return "\n".join(f"    {line[:300]}" for line in lines[-_LAST_LINES:])
 
 
