@@ -1,4 +1,4 @@
-"""Channels leave during a fit by a criterion's scores."""
+"""Channels, or whole residual blocks, leave during a fit by a criterion's scores."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune.callbacks.events import PruneEvent
+from lightning_prune.callbacks.kinds import KINDS
 from lightning_prune.callbacks.remover import ChannelRemover, check_count
 from lightning_prune.channels.alignment import RoundTo
+from lightning_prune.channels.block_scores import (
+    BlockTaylor,
+    batch_norm_scales_of,
+    block_scores,
+    check_block_criterion,
+)
+from lightning_prune.channels.blocks import find_blocks
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.criteria import (
     COMPARABLE,
@@ -31,7 +39,7 @@ from lightning_prune.errors import ConfigError
 
 
 class ChannelPruner(ChannelRemover):
-    """Remove channels for real while training: ``at`` one moment or several, down to a budget, in one ``fit``.
+    """Remove channels, or residual blocks, while training: ``at`` one moment or several, down to a budget, in one fit.
 
     A cut traces the network, scores its channel groups, plans, checks that the compact network computes what its masked
     parent does (:func:`compact`), and shrinks the very parameters that train: the optimizer goes on with its state
@@ -53,10 +61,11 @@ class ChannelPruner(ChannelRemover):
     At the end ``compact.safetensors`` in the run folder holds the network; :func:`load_compact` reads it.
 
     Args:
-        criterion: Which channels are worth most. ``"l1"``, ``"l2"``: norm of the filter. ``"taylor"``: first-order
-            effect on the loss, see :class:`TaylorAverage`. ``"bn_scale"``: absolute BatchNorm scale; groups without one
-            stay whole. ``"fpgm"``: distance from the layer's other filters. ``"random"``: the control. Or a function of
-            a :class:`ChannelGroup` and the traced module that gives one score a channel, higher = kept.
+        criterion: Which channels are worth most; for blocks see below. ``"l1"``, ``"l2"``: norm of the filter.
+            ``"taylor"``: first-order effect on the loss, see :class:`TaylorAverage`. ``"bn_scale"``: absolute BatchNorm
+            scale; groups without one stay whole. ``"fpgm"``: distance from the layer's other filters. ``"random"``: the
+            control. Or a function of a :class:`ChannelGroup` and the traced module that gives one score a channel,
+            higher = kept.
         budget: What is kept of the original network, whatever the number of passes. With several passes they go down to
             it geometrically (pass ``i`` of ``n`` keeps ``budget ** (i / n)``), or give a list, one a pass.
         at: When: ``"2ep"``, ``"500st"``, ``"50%"`` of T, or a list of times, one a pass.
@@ -84,6 +93,20 @@ class ChannelPruner(ChannelRemover):
             itself cost (``start_metrics``). The module's validation runs once more a cut, unheard by other callbacks.
         seed: Seeds ``"random"``.
         verbose: Print one line after each round.
+        granularity: ``"channel"``, or ``"block"``, which leaves ``scope``, ``reduction``, ``round_to``,
+            ``min_channels`` and ``approximate`` without a meaning: they must be left out.
+
+    Blocks: with ``granularity="block"`` those that :func:`find_blocks` lists leave, whose shortcut is the identity; in
+    a transformer layer attention and MLP each for itself. Their modules are replaced by placeholders, their parameters
+    leave the optimizers with their state, and a parameter group stays, if empty. A module's code and
+    ``configure_optimizers`` must do without the parameters that left, since a resumed run builds its optimizers over
+    what is left. ``Budget(channels=x)`` keeps x of these blocks. The lowest scores leave until the budget is met; it
+    is missed, downwards, by less than the last block's cost. A block is scored as a whole: ``"l1"``, ``"l2"``: mean
+    norm of its filters, see :func:`score_filters`. ``"taylor"``: squared first-order effect on the loss of all its
+    parameters together, see :class:`BlockTaylor`. ``"bn_scale"``: mean absolute scale of its BatchNorms; blocks without
+    one stay. ``"branch"``: norm of the branch over that of what it is added to, on the example inputs, which should be
+    data, see :func:`score_blocks`. ``"random"``: the control. Or a function of a :class:`Block` and the traced module
+    that gives a number. ``"fpgm"`` is not there.
 
     State saved: plans, position, record, generators, data position, running Taylor sums.
 
@@ -126,8 +149,20 @@ class ChannelPruner(ChannelRemover):
         validate_cuts: bool = False,
         seed: int = 0,
         verbose: bool = True,
+        granularity: str = "channel",
     ) -> None:
-        check_criterion(criterion, reduction)
+        if granularity not in KINDS:
+            raise ConfigError(f"granularity={granularity!r}: expected 'channel' or 'block'.")
+        if granularity == "block":
+            check_block_criterion(criterion)
+            given = (scope, reduction, round_to, min_channels, approximate)
+            if given != ("layer", "mean", None, 1, False):
+                raise ConfigError(
+                    "scope, reduction, round_to, min_channels and approximate are for channels; leave them out with "
+                    "granularity='block'."
+                )
+        else:
+            check_criterion(criterion, reduction)
         if scope not in ("layer", "global"):
             raise ConfigError(f"scope={scope!r} is unknown; choose 'layer' or 'global'.")
         check_count("taylor_steps", taylor_steps)
@@ -148,33 +183,54 @@ class ChannelPruner(ChannelRemover):
             verbose,
         )
         self.criterion, self.scope, self.reduction = criterion, scope, reduction
-        self.taylor_steps, self.seed = taylor_steps, seed
+        self.taylor_steps, self.seed, self.granularity = taylor_steps, seed, granularity
 
     def reset(self) -> None:
         """Forget what an earlier fit has left."""
         super().reset()
-        self._taylor: TaylorAverage | None = None
+        self._taylor: TaylorAverage | BlockTaylor | None = None
         self._taylor_state: dict[str, Any] | None = None
 
     def score(self, trainer: pl.Trainer, pl_module: pl.LightningModule, graph: ChannelGraph) -> dict[str, Tensor]:
-        """Score every group by the criterion."""
-        if self.criterion == "random":
-            generator = torch.Generator().manual_seed(self.seed * 1000 + self._running.round + 1)
-            return {group.name: score_random(group, generator) for group in graph.groups}
+        """Score every group, or block, by the criterion."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self._running.round + 1)
         if self.criterion == "taylor":
             return self._average(graph).scores()
+        if self.granularity == "block":
+            return block_scores(self.criterion, graph, find_blocks(graph).removable, generator)
+        if self.criterion == "random":
+            return {group.name: score_random(group, generator) for group in graph.groups}
         scores = weight_scores(self.criterion, graph, self.reduction)
         named = isinstance(self.criterion, str) and self.criterion not in COMPARABLE
         return relative(scores) if named and self.scope == "global" else scores
 
     def hold(self, graph: ChannelGraph) -> None:
-        """Keep groups without a BatchNorm scale whole, for ``"bn_scale"``."""
-        if self.criterion == "bn_scale":
+        """Keep groups, or blocks, without a BatchNorm scale whole, for ``"bn_scale"``."""
+        if self.criterion != "bn_scale":
+            return
+        if self.granularity == "block":
+            found = find_blocks(graph)
+            lacking = [b for b in found.removable if not batch_norm_scales_of(graph.model, b)]
+            found.keep_whole(lacking, "no BatchNorm scale judges it")
+        else:
             graph.keep_whole(without_scale(graph), "no BatchNorm scale judges it")
 
     def plan(self, graph: ChannelGraph, scores: dict[str, Tensor], budget: Budget) -> RemovalPlan:
         """Choose what leaves, in each group alike or by all scores together."""
+        if self.granularity == "block":
+            return plan_removal(graph, budget, scores, granularity="block")
         return plan_removal(graph, budget, scores, self.round_to, self.min_channels, self.scope)
+
+    def check_budget(self, graph: ChannelGraph, budget: Budget) -> None:
+        """See, before anything is trained, that the last budget can be met.
+
+        Raises:
+            BudgetError: It cannot.
+        """
+        if self.granularity == "block":
+            plan_removal(graph, budget, dict.fromkeys(self._kind.sizes(graph), 0.0), granularity="block")
+        else:
+            super().check_budget(graph, budget)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Cut, if one is due; where its step is not known, Taylor sums begin anew with the epoch."""
@@ -195,9 +251,12 @@ class ChannelPruner(ChannelRemover):
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         average.add(parameters, scaler.get_scale() if scaled else 1.0)
 
-    def _average(self, graph: ChannelGraph) -> TaylorAverage:
+    def _average(self, graph: ChannelGraph) -> TaylorAverage | BlockTaylor:
         if self._taylor is None:
-            self._taylor = TaylorAverage(graph.model, graph.groups, self.reduction)
+            if self.granularity == "block":
+                self._taylor = BlockTaylor(graph.model, find_blocks(graph).removable)
+            else:
+                self._taylor = TaylorAverage(graph.model, graph.groups, self.reduction)
             if self._taylor_state is not None:
                 self._taylor.load_state_dict(self._taylor_state)
                 self._taylor_state = None
@@ -222,6 +281,7 @@ class ChannelPruner(ChannelRemover):
             "reduction": self.reduction,
             "taylor_steps": self.taylor_steps,
             "seed": self.seed,
+            "granularity": self.granularity,
         }
 
     def own_state(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a pruner tells the other callbacks, and how it is handed round."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,14 +43,17 @@ class PruneEvent:
         round: The round that this event opens; the first cut opens round 1.
         step: ``trainer.global_step`` at the cut.
         masks: The masks from now on (``True`` = kept); ``None`` where channels leave.
-        removed: Entries (channels) removed by this cut.
+        removed: Entries (channels, blocks) removed by this cut.
         rewound_to: The rewinding point at which the round starts, or ``None``: it starts where the last one ended.
-        plan: Which channels have left at this cut; ``None`` where weights are masked.
+        plan: Which channels or blocks have left at this cut; ``None`` where weights are masked.
         module: Name of the submodule that ``plan`` is about; ``""``: the LightningModule itself.
-        costs: With a plan: ``{"channels" | "params" | "macs": (now, of the dense network)}``.
+        costs: With a plan: ``{"channels" | "params" | "macs": (now, of the dense network)}``; with one by which whole
+            blocks leave ``"blocks"`` instead of channels.
         scores: ``{layer: (least, lower quartile, median, upper quartile, greatest)}`` of the scores that this cut was
             decided by, over what was left before it; empty unless a callback of the trainer has a true ``wants_scores``
             (and on other processes than the first).
+        staying: Where parameters have left: for each optimizer the numbers, before the cut, of those that it still has.
+        renamed: Parameters and buffers that have another name since their first holder left: new name -> old name.
     """
 
     round: int
@@ -62,16 +65,25 @@ class PruneEvent:
     module: str = ""
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    staying: Sequence[Sequence[int]] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What is counted: ``"weights"``, ``"channels"`` or ``"blocks"``."""
+        if self.masks is not None:
+            return "weights"
+        return "blocks" if "blocks" in self.costs else "channels"
 
     @property
     def kept(self) -> int:
-        """Entries (channels) that are left, of the prunable ones."""
-        return self.costs["channels"][0] if self.masks is None else self.masks.kept
+        """Entries (channels, blocks) that are left, of the prunable ones."""
+        return self.costs[self.unit][0] if self.masks is None else self.masks.kept
 
     @property
     def total(self) -> int:
-        """Prunable entries (channels) of the dense network."""
-        return self.costs["channels"][1] if self.masks is None else self.masks.total
+        """Prunable entries (channels, blocks) of the dense network."""
+        return self.costs[self.unit][1] if self.masks is None else self.masks.total
 
     @property
     def density(self) -> float:

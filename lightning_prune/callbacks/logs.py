@@ -40,7 +40,7 @@ def end_numbers(record: RunRecord) -> dict[str, float]:
     """
     row = record.rounds[-1]
     numbers: dict[str, float] = {"round": row.round, "sparsity": row.sparsity, "density": row.density}
-    numbers |= {name: now / dense for name, (now, dense) in row.costs.items() if name != "channels" and dense}
+    numbers |= {name: now / dense for name, (now, dense) in row.costs.items() if name != row.unit and dense}
     measured: dict[str, Any] = next((cost for cost in reversed(record.costs) if cost["round"] == row.round), {})
     found = measured.get("numbers", {})
     for name in ("params", "macs"):

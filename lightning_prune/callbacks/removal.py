@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,13 +12,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_prune.callbacks import monitors
 from lightning_prune.channels.compact import remember
 from lightning_prune.channels.plan import RemovalPlan
-from lightning_prune.channels.surgery import carry_out
+from lightning_prune.channels.surgery import carry_out, named_tensors
 from lightning_prune.channels.trace import ChannelGraph
 from lightning_prune.errors import ConfigError
 from lightning_prune.wrappers import bare, is_compiled, uncompiled
@@ -64,7 +65,20 @@ def check_copies(pl_module: pl.LightningModule, graph: ChannelGraph) -> None:
             )
 
 
-def remove(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, plan: RemovalPlan) -> None:
+@dataclass(frozen=True)
+class Leftover:
+    """What is still there after a removal, for those who remember what there was.
+
+    Attributes:
+        staying: Where parameters have left: for each optimizer the numbers, before, of those that it still has.
+        renamed: Parameters and buffers that have another name since their first holder left: new name -> old name.
+    """
+
+    staying: list[list[int]] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def remove(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, plan: RemovalPlan) -> Leftover:
     """Carry a checked plan out on a module in training, on this process.
 
     The same ``Parameter`` objects shrink, optimizer state with them; averaged copies likewise; DDP's wrapper is built
@@ -75,7 +89,12 @@ def remove(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, plan: 
         pl_module: Its module.
         name: Of the submodule that the plan is for; ``""``: ``pl_module`` itself.
         plan: The plan, the same on every process.
+
+    Returns:
+        What is left of parameters, buffers and the optimizers' parameters where some have left.
     """
+    names = {id(tensor): key for key, tensor in named_tensors(pl_module).items()}
+    held = [_parameters(optimizer) for optimizer in trainer.optimizers]
     with without_wrapper(trainer, pl_module):
         _shrink(pl_module.get_submodule(name), plan, trainer.optimizers)
     for average in monitors.averages(trainer):
@@ -85,6 +104,16 @@ def remove(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, plan: 
     modules = list(pl_module.modules())
     if getattr(pl_module, "_compiler_ctx", None) or any(is_compiled(m) or m._compiled_call_impl for m in modules):
         torch._dynamo.reset()  # code for the old shapes is of no use, and counts against dynamo's limit
+    if not plan.left:
+        return Leftover()
+    now = [{id(p) for p in _parameters(optimizer)} for optimizer in trainer.optimizers]
+    staying = [[i for i, p in enumerate(before) if id(p) in left] for before, left in zip(held, now, strict=True)]
+    found = {key: names[id(tensor)] for key, tensor in named_tensors(pl_module).items()}
+    return Leftover(staying, {key: old for key, old in found.items() if key != old})
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _shrink(module: nn.Module, plan: RemovalPlan, optimizers: list[Any]) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,18 @@ from lightning_prune.callbacks.company import (
 )
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
+from lightning_prune.callbacks.kinds import KINDS, Kind
 from lightning_prune.callbacks.plans import forget_plans, keep_plans, write_plans
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.removal import check_copies, check_optimizers_of, remove
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.validation import validate_quietly
 from lightning_prune.channels.alignment import AUTO, RoundTo
-from lightning_prune.channels.budget import Budget, CostModel
+from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.compact import verify
-from lightning_prune.channels.groups import ChannelGroup
 from lightning_prune.channels.passes import budgets_of_passes, rest_of
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.planning import plan_removal
-from lightning_prune.channels.scores import fetch
 from lightning_prune.channels.surgery import check_optimizers
 from lightning_prune.channels.trace import ChannelGraph, trace_channels
 from lightning_prune.compact_files import save_compact
@@ -43,13 +41,12 @@ from lightning_prune.scores import score_quantiles
 from lightning_prune.times import TrainTime
 from lightning_prune.wrappers import bare, uncompiled
 
-COSTS = ("channels", "params", "macs")
 _WHOLE_LATENCY = 10**6  # the original's latency is counted in millionths of itself: clocks drift from cut to cut
 COMPACT_NAME = "compact.safetensors"
 
 
 class ChannelRemover(RoundPruner):
-    """A callback that removes channels at chosen moments of a fit: base of every pruner of channels.
+    """A callback that removes channels, or blocks, at chosen moments of a fit: base of every pruner of channels.
 
     A subclass says what is worth keeping: :meth:`score`; it may also say which groups stay (:meth:`hold`) and how
     widths follow from scores (:meth:`plan`).
@@ -70,6 +67,8 @@ class ChannelRemover(RoundPruner):
         validate_cuts: Validate right after each cut too, before training goes on.
         verbose: Print one line after each round.
     """
+
+    granularity = "channel"
 
     def __init__(
         self,
@@ -168,6 +167,15 @@ class ChannelRemover(RoundPruner):
         if self._inputs is not None:
             self._survey(trainer, pl_module)
 
+    @property
+    def _kind(self) -> Kind:
+        return KINDS[self.granularity]
+
+    def _rest(self, budget: Budget) -> Budget:
+        """A budget of the original network as one of what is left."""
+        assert self._costs is not None
+        return rest_of(budget, self._costs[self._kind.unit if budget.what == "channels" else budget.what])
+
     def _target(self, pl_module: pl.LightningModule) -> nn.Module:
         return bare(pl_module.get_submodule(self._name))
 
@@ -180,22 +188,17 @@ class ChannelRemover(RoundPruner):
         def look() -> ChannelGraph:
             graph = self.trace(trainer, pl_module)
             check_copies(pl_module, graph)
-            if not graph.groups:
-                raise ConfigError(
-                    f"no channel of {type(graph.model).__name__} can leave. trace_channels(...).explain() says why."
-                )
+            if not self._kind.sizes(graph) and self._running.round == 0:
+                raise ConfigError(self._kind.nothing(graph))
             if self._costs is None:
-                costs = CostModel(graph)
-                whole = {what: costs.cost(what, costs.sizes) for what in COSTS}
-                self._costs = {what: (cost, cost) for what, cost in whole.items()}
+                self._costs = {what: (cost, cost) for what, cost in self._kind.costs(graph).items()}
                 if self.budgets[-1].what == "latency":
                     self._costs["latency"] = (_WHOLE_LATENCY, _WHOLE_LATENCY)
-                self._groups = {group.name: (group.size, group.size) for group in graph.groups}
-                self._frozen = [asdict(axis) for axis in graph.frozen]
+                self._groups = {name: (size, size) for name, size in self._kind.sizes(graph).items()}
+                self._frozen = self._kind.frozen(graph)
             # whether a latency can be met is measured at the cut: it takes many forward passes
             if self._running.round < self.rounds and self.budgets[-1].what != "latency":
-                last = rest_of(self.budgets[-1], self._costs[self.budgets[-1].what])
-                self.check_budget(graph, last)
+                self.check_budget(graph, self._rest(self.budgets[-1]))
             return graph
 
         together(look)
@@ -208,8 +211,7 @@ class ChannelRemover(RoundPruner):
         prefix = f"{self._name}."
         for pattern in self.exclude:
             chosen = set(matching(pattern.removeprefix(prefix), names, "exclude"))
-            made_there = [g for g in graph.groups if any(n in chosen for n, _ in _shaping(g, graph.model))]
-            graph.keep_whole(made_there, f"excluded by {pattern!r}")
+            self._kind.hold(graph, chosen, f"excluded by {pattern!r}")
         self.hold(graph)
         return graph
 
@@ -249,11 +251,9 @@ class ChannelRemover(RoundPruner):
             return graph, self.score(trainer, pl_module, graph)
 
         def choose() -> dict[str, Any]:
-            assert self._costs is not None
-            wanted = self.budgets[self._running.round]
-            plan = self.plan(graph, scores, rest_of(wanted, self._costs[wanted.what]))
+            plan = self.plan(graph, scores, self._rest(self.budgets[self._running.round]))
             check_optimizers(plan, graph.model, trainer.optimizers)
-            if plan.keep:
+            if plan.removes:
                 with uncompiled(graph.model):
                     verify(graph.model, plan, self._inputs)
             return plan.to_json()
@@ -272,15 +272,15 @@ class ChannelRemover(RoundPruner):
     def cut(self, trainer: pl.Trainer, pl_module: pl.LightningModule, decision: RemovalPlan) -> PruneEvent:
         """Shrink the network, its optimizers, copies and wrappers."""
         assert self._costs is not None
-        if not decision.keep:
+        if not decision.removes:
             rank_zero_warn(
                 f"the cut before round {self._running.round} removes nothing: the network costs no more than its "
                 f"budget, {self.budgets[self._running.round - 1]}.",
                 category=NoEffectWarning,
             )
-        remove(trainer, pl_module, self._name, decision)
-        removed = self._costs["channels"][0] - decision.costs["channels"][1]
-        costs = {what: (decision.costs[what][1], self._costs[what][1]) for what in COSTS}
+        leftover = remove(trainer, pl_module, self._name, decision)
+        removed = self._costs[self._kind.unit][0] - decision.costs[self._kind.unit][1]
+        costs = {w: (decision.costs[w][1], whole) for w, (_, whole) in self._costs.items() if w != "latency"}
         if "latency" in decision.costs:
             (before, after), (now, whole) = decision.costs["latency"], self._costs["latency"]
             costs["latency"] = (round(now * after / before), whole)
@@ -297,6 +297,8 @@ class ChannelRemover(RoundPruner):
             decision,
             self._name,
             dict(self._costs),
+            staying=leftover.staying,
+            renamed=leftover.renamed,
         )
 
     def measure_start(self, trainer: pl.Trainer) -> dict[str, float]:
@@ -304,15 +306,15 @@ class ChannelRemover(RoundPruner):
         return validate_quietly(trainer) if self.validate_cuts else {}
 
     def counts(self) -> dict[str, Any]:
-        """Channels, parameters and MACs kept."""
-        costs = self._costs or dict.fromkeys(COSTS, (0, 0))
-        kept, total = costs["channels"]
+        """Channels or blocks, parameters and MACs kept."""
+        costs = self._costs or dict.fromkeys((self._kind.unit, "params", "macs"), (0, 0))
+        kept, total = costs[self._kind.unit]
         return {
             "kept": kept,
             "total": total,
             "digest": self._digest,
             "per_layer": dict(self._groups),
-            "unit": "channels",
+            "unit": self._kind.unit,
             "costs": dict(costs),
         }
 
@@ -384,9 +386,3 @@ def check_count(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r}: expected an integer of at least 1.")
-
-
-def _shaping(group: ChannelGroup, model: nn.Module) -> list[tuple[str, int]]:
-    """The (name, axis) pairs that make a group's channels or go with them one to one, not those that read them."""
-    along = [(name, axis) for name, axis, _ in group.members if fetch(model, name).dim() == 1]
-    return [*group.makers, *along]

@@ -1,5 +1,6 @@
 """Rewinding: what a round starts from. Weights (`WeightRewind`) and the learning-rate schedule (`LRRewind`)."""
 
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -155,8 +156,8 @@ class WeightRewind(_Rewinder):
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: PruneEvent) -> None:
         """Restore weights, buffers and optimizer state; the masks are applied to them, channels that left stay out."""
-        if self._snapshot is not None:
-            self._snapshot = {name: event.slice(name, tensor) for name, tensor in self._snapshot.items()}
+        if self._snapshot is not None and event.plan is not None:
+            self._snapshot = remaining(self._snapshot, pl_module, event)
         for states in (self._optimizers, self._initial_optimizers):
             slice_remembered(states, trainer.optimizers, pl_module, event)
         if self.reinit:
@@ -319,12 +320,22 @@ def _recall(optimizer: Optimizer, state: dict[Any, Any]) -> None:
     optimizer.load_state_dict({"state": deepcopy(state), "param_groups": groups})
 
 
+def remaining(snapshot: Mapping[str, Tensor], pl_module: nn.Module, event: PruneEvent) -> dict[str, Tensor]:
+    """What is left of copies of parameters and buffers after a cut, by the names that these have now."""
+    old = {name: event.renamed.get(name, name) for name in named_state(pl_module)}
+    return {name: event.slice(before, snapshot[before]) for name, before in old.items()}
+
+
 def slice_remembered(
     states: list[dict[Any, Any]] | None, optimizers: list[Optimizer], pl_module: nn.Module, event: PruneEvent
 ) -> None:
-    """Take channels that have left out of what optimizers remembered, in place."""
+    """Take channels and parameters that have left out of what optimizers remembered, in place."""
     if states is None or event.plan is None:
         return
+    for state, numbers in zip(states, event.staying, strict=False):
+        held = {new: state[old] for new, old in enumerate(numbers) if old in state}
+        state.clear()
+        state.update(held)
     names = {id(p): name for name, p in pl_module.named_parameters()}
     for optimizer, state in zip(optimizers, states, strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

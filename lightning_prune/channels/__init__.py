@@ -1,7 +1,8 @@
 """Removing channels for real: trace, groups, plans, surgery, and the check that nothing else changed."""
 
 from lightning_prune.channels.alignment import alignment
-from lightning_prune.channels.blocks import Blocks, find_blocks, score_blocks
+from lightning_prune.channels.block_scores import score_blocks
+from lightning_prune.channels.blocks import Blocks, find_blocks
 from lightning_prune.channels.budget import Budget
 from lightning_prune.channels.choice import ChannelSelection
 from lightning_prune.channels.compact import CompactReport, compact

@@ -1,6 +1,6 @@
 """Plans by which whole residual blocks leave: which can, what they are worth, which do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.channels.block_scores import resolve_blocks
 from lightning_prune.channels.budget import Budget, CostModel
 from lightning_prune.channels.equality import check_inputs, default_dtype, random_tensors
 from lightning_prune.channels.labels import Labels
-from lightning_prune.channels.left import AddsOf, leaving_tensors, left_out, silent
+from lightning_prune.channels.left import leaving_tensors, left_out, silent
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.recording import Recording
 from lightning_prune.channels.residual import Block, BlockScores, Residuals
@@ -36,6 +37,17 @@ class Blocks:
     staying: list[tuple[str, str]]
     macs: int = 0
 
+    def keep_whole(self, blocks: Iterable[Block], reason: str) -> None:
+        """Let blocks stay: no plan over the same graph takes them out; ``explain()`` gives the reason.
+
+        Args:
+            blocks: Some of ``removable``.
+            reason: Why.
+        """
+        chosen = {id(block) for block in blocks}
+        self.staying += [(block.name, reason) for block in self.removable if id(block) in chosen]
+        self.removable = [block for block in self.removable if id(block) not in chosen]
+
     def explain(self) -> str:
         """Describe both as text."""
         lines = [f"{len(self.removable)} residual blocks that can leave"]
@@ -57,12 +69,14 @@ def find_blocks(graph: ChannelGraph) -> Blocks:
     refuses a ReLU after the addition unless its input is never negative, and a LayerNorm after it.
 
     Args:
-        graph: The traced model.
+        graph: The traced model; what is found is kept with it, and given again at the next call.
 
     Returns:
         Blocks that can leave, and additions that stay, with the reason. No two blocks lie within each other; the
         smaller ones are offered.
     """
+    if isinstance(graph.blocks, Blocks):
+        return graph.blocks
     model = graph.model
     with uncompiled(model):
         residuals = Residuals(model, graph.example_inputs)
@@ -78,7 +92,8 @@ def find_blocks(graph: ChannelGraph) -> Blocks:
     for name, why in staying:
         if name not in left:
             reasons.setdefault(name, why)
-    return Blocks(usable, list(reasons.items()), sum(macs.values()))
+    graph.blocks = Blocks(usable, list(reasons.items()), sum(macs.values()))
+    return graph.blocks
 
 
 def _macs(recording: Recording) -> dict[int, int]:
@@ -219,59 +234,16 @@ def _runs(model: nn.Module, example_inputs: Any, blocks: Sequence[Block]) -> str
     return None
 
 
-class _Measured(AddsOf):
-    """Sums the norm of each branch over the norm of what it is added to."""
-
-    def __init__(self, model: nn.Module, blocks: Sequence[Block]) -> None:
-        super().__init__(model, [block.entry() for block in blocks])
-        self.sums = {block.name: 0.0 for block in blocks}
-
-    def change(self, block: str, operand: int, args: tuple[Any, ...], in_place: bool) -> tuple[Any, ...]:
-        branch, skip = args[operand].detach().double(), args[1 - operand].detach().double()
-        scale = float(skip.norm())
-        self.sums[block] += float(branch.norm()) / scale if scale else float("inf") if branch.any() else 0.0
-        return args
-
-
-def score_blocks(graph: ChannelGraph, blocks: Sequence[Block]) -> dict[str, float]:
-    """Score blocks by how much they change what passes through them, on the model's own weights and example inputs.
-
-    Rule: the norm of the branch over the norm of the value it is added to, over the whole batch, summed over the
-    block's additions. 0 where removal changes nothing. The example inputs should be data: on noise the scores say
-    little.
+class BlockCosts:
+    """What a model costs without some of its blocks.
 
     Args:
         graph: The traced model.
-        blocks: Its blocks.
+        found: Its blocks.
 
-    Returns:
-        A score at least 0 for each block, by name.
+    Attributes:
+        before: ``"channels"`` (those that could leave), ``"params"``, ``"macs"`` and ``"blocks"`` with all of them.
     """
-    model = graph.model
-    with uncompiled(model), evaluation(model), _Measured(model, blocks).watching() as mode:
-        call_model(model, map_tensors(torch.clone, graph.example_inputs))
-    assert isinstance(mode, _Measured)
-    return mode.sums
-
-
-def _resolve(graph: ChannelGraph, blocks: Sequence[Block], scores: BlockScores | None) -> np.ndarray:
-    if scores is None:
-        found = score_blocks(graph, blocks)
-    elif callable(scores):
-        found = {block.name: float(scores(block, graph.model)) for block in blocks}
-    else:
-        missing = [block.name for block in blocks if block.name not in scores]
-        if missing:
-            raise ConfigError(f"scores has no entry for block {missing[0]!r}; expected one number for each block.")
-        found = {block.name: float(scores[block.name]) for block in blocks}
-    values = np.array([found[block.name] for block in blocks])
-    if np.isnan(values).any():
-        raise ConfigError("scores of blocks are not all numbers; check the model, its inputs and the criterion.")
-    return values
-
-
-class _BlockCosts:
-    """What a model costs without some of its blocks."""
 
     def __init__(self, graph: ChannelGraph, found: Blocks) -> None:
         self.blocks = blocks = found.removable
@@ -312,15 +284,15 @@ def plan_blocks(graph: ChannelGraph, budget: Budget, scores: BlockScores | None 
 
     Raises:
         BudgetError: Without all of its blocks the model still costs more.
-        ConfigError: No block can leave, or scores that do not fit.
+        ConfigError: No block can leave (and the budget asks for it), or scores that do not fit.
     """
     found = find_blocks(graph)
     blocks = found.removable
-    if not blocks:
+    if not blocks and budget.fraction < 1:
         raise ConfigError(f"no residual block of this model can leave. {found.explain()}")
     with uncompiled(graph.model):
-        values = _resolve(graph, blocks, scores)
-        costs = _BlockCosts(graph, found)
+        values = resolve_blocks(graph, blocks, scores)
+        costs = BlockCosts(graph, found)
         order = sorted(range(len(blocks)), key=lambda b: (values[b], -b))
         what = "blocks" if budget.what == "channels" else budget.what
         limit = budget.fraction * costs.before[what]

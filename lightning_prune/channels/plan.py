@@ -53,6 +53,11 @@ class RemovalPlan:
     without_effect: list[str] = field(default_factory=list)
     left: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def removes(self) -> bool:
+        """Whether anything leaves."""
+        return bool(self.keep or self.left)
+
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON content."""
         content = {k: v for k, v in vars(self).items() if not k.startswith("_")}

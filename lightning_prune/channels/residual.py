@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from lightning_prune.channels.left import is_plain_add
+from lightning_prune.channels.left import Left, is_plain_add
 from lightning_prune.channels.recording import Recording, record
 
 # What may stand between the addition and the end of a block: identities on some inputs, as the check will tell.
@@ -128,6 +128,8 @@ class Residuals:
         with _calls(model, recording) as root:
             record(model, example_inputs, into=recording)
         self.recording, self.ops = recording, recording.ops
+        placeholders = {name for name, module in model.named_modules() if isinstance(module, Left)}
+        self.zeros = {i for i, op in enumerate(self.ops) if op.module in placeholders}  # in the place of what has left
         self.reads: list[list[Node]] = []
         self.writes: list[list[Node]] = []
         self.readers: dict[Node, list[int]] = {}
@@ -208,7 +210,8 @@ class Residuals:
                     operand = 1 if first in through else 0
                     through.update(self.writes[i])
                     before = adds[first if operand else second]
-                    adds.update({node: [*before, (numbers[i], operand)] for node in self.writes[i]})
+                    own = [] if self._has_left(call, i, operand) else [(numbers[i], operand)]
+                    adds.update(dict.fromkeys(self.writes[i], before + own))
             elif op.name in _MAYBE_IDENTITY and reads[0] in through and op.outs[0].shape == op.args[0].shape:
                 through.add(self.writes[i][0])
                 adds[self.writes[i][0]] = adds[reads[0]]
@@ -223,8 +226,14 @@ class Residuals:
             for operand in (1, 0):
                 skip, branch = self.reads[i][1 - operand], self.reads[i][operand]
                 if skip in self._slice(call, branch)[1]:
-                    yield number, operand, i
+                    if not self._has_left(call, i, operand):
+                        yield number, operand, i
                     break
+
+    def _has_left(self, call: Call, index: int, operand: int) -> bool:
+        """Whether the branch of an addition has left already: zeros stand in its place."""
+        skip, branch = self.reads[index][1 - operand], self.reads[index][operand]
+        return any(i in self.zeros and i > skip[0] for i in self._slice(call, branch)[0])
 
     def _slice(self, call: Call, node: Node) -> tuple[set[int], set[Node]]:
         """Operations of a call from which a value was made, and the values that they read."""

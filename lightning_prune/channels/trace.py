@@ -73,6 +73,7 @@ class ChannelGraph:
         replaced: Attention modules that were replaced while the model was traced, by name: their kinds. Those whose
             heads really leave are replaced for good by :func:`compact`.
         notes: What else the caller should know.
+        blocks: The model's residual blocks, once :func:`find_blocks` was asked.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class ChannelGraph:
         self.replaced: dict[str, str] = {}
         self.notes: list[str] = []
         self.operations = 0
+        self.blocks: Any = None
 
     @property
     def groups(self) -> list[ChannelGroup]:

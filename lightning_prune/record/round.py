@@ -7,6 +7,9 @@ from typing import Any
 from lightning_prune.errors import ConfigError
 from lightning_prune.record.content import decode, encode, to_plain
 
+UNITS = ("weights", "channels", "blocks")
+"""What a round may count."""
+
 
 @dataclass(frozen=True)
 class Round:
@@ -28,11 +31,12 @@ class Round:
         best_checkpoint: Its checkpoint, relative to the run folder.
         ticket: The ticket from which this round was trained, relative to the run folder.
         stopped_early: Whether the round ended before its last step.
-        unit: What ``kept``, ``total``, ``removed`` and ``per_layer`` count: ``"weights"`` (of masked tensors) or
-            ``"channels"`` (of groups that can leave).
+        unit: What ``kept``, ``total``, ``removed`` and ``per_layer`` count: ``"weights"`` (of masked tensors),
+            ``"channels"`` (of groups that can leave) or residual ``"blocks"`` that can.
         start_metrics: ``{name: value}`` right after the event that opened the round, before training, where measured.
         costs: ``{"channels" | "params" | "macs": (now, of the dense network)}`` where channels are removed: prunable
-            channels, all parameters, multiply-adds at the example inputs.
+            channels, all parameters, multiply-adds at the example inputs. Where whole blocks are removed ``"blocks"``
+            instead of channels.
 
     Raises:
         ConfigError: Counts that contradict each other, or a value of the wrong type.
@@ -67,8 +71,8 @@ class Round:
             raise ConfigError(f"{where}: kept={self.kept} is more than total={self.total}.")
         if not isinstance(self.digest, str):
             raise ConfigError(f"{where}: digest={self.digest!r:.80} must be text.")
-        if self.unit not in ("weights", "channels"):
-            raise ConfigError(f"{where}: unit={self.unit!r:.80} must be 'weights' or 'channels'.")
+        if self.unit not in UNITS:
+            raise ConfigError(f"{where}: unit={self.unit!r:.80} must be 'weights', 'channels' or 'blocks'.")
         try:  # tensors and tuples become plain numbers and one order here, so that equality and JSON need no care
             plain = {
                 "per_layer": {str(k): (int(kept), int(total)) for k, (kept, total) in self.per_layer.items()},

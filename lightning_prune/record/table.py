@@ -4,7 +4,7 @@ import math
 
 from lightning_prune.record.round import Round
 
-_SHOWN_COSTS = ("channels", "params", "macs")
+_TITLES = {"params": "params", "macs": "MACs"}
 
 
 def header_text(monitor: str | None, unit: str = "weights") -> str:
@@ -17,8 +17,8 @@ def header_text(monitor: str | None, unit: str = "weights") -> str:
     name = monitor or "-"
     name = name if len(name) <= 18 else name[:16] + ".."
     left = f"{'weights left':>12}  {'count':>17}"
-    if unit == "channels":
-        left = "  ".join(f"{title:>9}" for title in ("channels", "params", "MACs"))
+    if unit != "weights":
+        left = "  ".join(f"{title:>9}" for title in (unit, *_TITLES.values()))
     return f"{'round':>5}  {left}  {name:>18}  {'against dense':>13}"
 
 
@@ -35,8 +35,8 @@ def row_text(row: Round, monitor: str | None, dense: Round | None = None) -> str
     shown = "-" if value is None else _number(value)
     difference = "-" if value is None or reference is None else _number(value - reference, sign="+")
     left = f"{f'{100 * row.density:.3f} %':>12}  {row.kept:>17,}"
-    if row.unit == "channels":
-        costs = [row.costs.get(name, (1, 1)) for name in _SHOWN_COSTS]
+    if row.unit != "weights":
+        costs = [row.costs.get(name, (1, 1)) for name in (row.unit, *_TITLES)]
         left = "  ".join(f"{f'{100 * now / max(dense, 1):.2f} %':>9}" for now, dense in costs)
     return f"{row.round:>5}  {left}  {shown:>18}  {difference:>13}"
 

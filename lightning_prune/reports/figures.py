@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from lightning_prune.reports.runs import QUANTITIES, Group, Spread, front, lower_is_better
 from lightning_prune.reports.svg import Axis, Line, Mark
 
-CHARTS = ("sparsity", "channels", "params", "macs", "latency", "speedup", "barrier", "line")
+CHARTS = ("sparsity", "channels", "blocks", "params", "macs", "latency", "speedup", "barrier", "line")
 """The charts that there can be."""
 
-_FRACTIONS = ("weights", "channels", "params", "macs")
+_FRACTIONS = ("weights", "channels", "blocks", "params", "macs")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def figures_of(groups: Sequence[Group], metric: str) -> list[Figure]:
     titles = {
         "weights": f"{metric} against sparsity",
         "channels": f"{metric} against channels removed",
+        "blocks": f"{metric} against blocks removed",
         "params": f"{metric} against parameters",
         "macs": f"{metric} against MACs",
         "latency_ms": f"{metric} against measured latency",

@@ -14,6 +14,7 @@ from lightning_prune.record import JSON_NAME, Round, RunRecord
 QUANTITIES: dict[str, str] = {
     "weights": "weights left, % of prunable",
     "channels": "channels left, % of prunable",
+    "blocks": "blocks left, % of those that can leave",
     "params": "parameters left, % of dense",
     "macs": "MACs left, % of dense",
     "latency_ms": "measured latency, ms",

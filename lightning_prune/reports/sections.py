@@ -17,7 +17,13 @@ MOST_ROWS = 100
 """Rows of the table of rounds that are shown at once (page.css knows the number too)."""
 MOST_NAMES = 3
 
-_LEFT = {"weights": "weights left", "channels": "channels left", "params": "parameters left", "macs": "MACs left"}
+_LEFT = {
+    "weights": "weights left",
+    "channels": "channels left",
+    "blocks": "blocks left",
+    "params": "parameters left",
+    "macs": "MACs left",
+}
 
 
 def count_text(number: int, what: str) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from lightning_prune.record.round import UNITS
 from lightning_prune.reports.runs import QUANTITIES, Group
 
 Cell = str | int | float | None
@@ -13,7 +14,7 @@ def table_of(groups: Sequence[Group], metric: str) -> tuple[list[str], list[list
     """Heading and rows, one row a method and round; quantities that no run knows have no column.
 
     The metric has three columns, its mean over the runs with the lowest and the highest of them; everything else is a
-    mean. ``sparsity`` is what was removed of the prunable weights (channels), in per cent.
+    mean. ``sparsity`` is what was removed of the prunable weights (channels, blocks), in per cent.
     """
     known = [name for name in QUANTITIES if any(name in point.values for group in groups for point in group.points)]
     head = ["method", "round", "runs", "sparsity, %", metric, "lowest", "highest"]
@@ -21,7 +22,7 @@ def table_of(groups: Sequence[Group], metric: str) -> tuple[list[str], list[list
     rows: list[list[Cell]] = []
     for group in groups:
         for point in group.points:
-            left = point.values.get("weights") or point.values.get("channels")
+            left = next((point.values[unit] for unit in UNITS if unit in point.values), None)
             value = point.values.get("metric")
             row: list[Cell] = [group.name, point.round, left.count if left else 0, 100 - left.mean if left else None]
             row += [None, None, None] if value is None else [value.mean, value.low, value.high]

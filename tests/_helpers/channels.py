@@ -1,5 +1,6 @@
 """Networks whose channels leave during a fit, and a callback that looks on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -84,3 +85,34 @@ class Watch(pl.Callback):
 
     def on_prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, event: Any) -> None:
         self.events.append(event)
+
+
+class Step(nn.Module):
+    """A residual block: what it computes is added to its input."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.a, self.bn, self.b = nn.Linear(width, inner), nn.BatchNorm1d(inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(F.relu(self.bn(self.a(x))))
+
+
+class Chain(nn.Module):
+    """A stem, residual blocks by name and a head; without some of the blocks it is the same class with fewer names."""
+
+    def __init__(self, names: Sequence[str] = ("first", "second", "third"), width: int = 10) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.stem = nn.Linear(12, width)
+            for name in names:
+                setattr(self, name, Step(width, 7))
+            self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for name in self.names:
+            x = getattr(self, name)(x)
+        return self.head(x)

@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_prune import Budget, ChannelPruner, CostProfiler, LRRewind, TicketWriter
-from tests._helpers.channels import Watch, wide_network, widths
+from lightning_prune import Budget, ChannelPruner, CostProfiler, LRRewind, TicketWriter, WeightRewind
+from tests._helpers.channels import Chain, Watch, wide_network, widths
 from tests._helpers.models import ToyModule, loaders, trainer
 
 
@@ -34,6 +34,14 @@ class Gradients(pl.Callback):
         assert torch.equal(own, other), "gradients differ between processes"
         self.sums.append(float(own.abs().sum()))
         self.wrappers.add(id(trainer.strategy.model))
+
+
+def chain() -> ToyModule:
+    """Residual blocks without BatchNorm."""
+    net = Chain()
+    for name in net.names:
+        getattr(net, name).bn = torch.nn.Identity()
+    return ToyModule(net)
 
 
 def module(norm: bool) -> ToyModule:
@@ -54,13 +62,15 @@ class Failing(ChannelPruner):
 
 def run(folder: Path, job: str) -> dict[str, Any]:
     norm = job != "equal"
+    granularity = "block" if job == "blocks" else "channel"
     criterion, at = {"equal": ("l2", ["7st", "1ep"]), "failing": ("l2", "1ep")}.get(job, ("taylor", ["3st", "100%"]))
     budgets: Any = Budget(channels=0.5)
     kind = Failing if job == "failing" else ChannelPruner
-    prune = kind(criterion, budgets, at, monitor="val_acc", verbose=False)
+    prune = kind(criterion, budgets, at, monitor="val_acc", verbose=False, granularity=granularity)
     watch, gradients = Watch(moving=False), Gradients()
     saver = ModelCheckpoint(folder / "ckpt", every_n_train_steps=4, save_top_k=-1)
     callbacks = [prune, watch, gradients, saver] + ([LRRewind("0st")] if job in ("rewound", "resumed", "wandb") else [])
+    callbacks += [WeightRewind("2st"), LRRewind("2st")] if job == "blocks" else []
     more: dict[str, Any] = {}
     if job == "wandb":
         callbacks += [TicketWriter(), CostProfiler(seconds=0.01, verbose=False)]
@@ -76,7 +86,7 @@ def run(folder: Path, job: str) -> dict[str, Any]:
         use_distributed_sampler=False,
         **more,
     )
-    net = module(norm)
+    net = chain() if job == "blocks" else module(norm)
     found = sorted((folder / "ckpt").glob("*step=4-*.ckpt")) if job == "resumed" else []
     if job == "resumed":
         saver.dirpath = str(folder / "ckpt-resumed")
@@ -91,6 +101,7 @@ def run(folder: Path, job: str) -> dict[str, Any]:
         wandb.finish()
     return {
         "widths": widths(net),
+        "left": [[entry["block"] for entry in event.plan.left] for event in watch.events],
         "steps": [event.step for event in watch.events],
         "digests": [event.plan.digest() for event in watch.events],
         "wrappers": len(gradients.wrappers),

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune import RunRecord, load_compact, load_compact_checkpoint
+from lightning_prune import LRRewind, RunRecord, WeightRewind, load_compact, load_compact_checkpoint
 from tests._helpers.channels import Watch, pruner, wide_network, widths
 from tests._helpers.models import ToyModule, loaders, trainer
 from tests._helpers.wandb_runs import read_runs
+from tests.distributed.ddp_worker import chain
 from tests.distributed.launch import run_pair
 
 pytestmark = pytest.mark.distributed
@@ -21,7 +22,7 @@ Found = dict[str, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """Every fit of ``ddp_worker`` on two processes: what each of them saw."""
-    jobs = ("equal", "rewound", "resumed", "wandb", "failing")
+    jobs = ("equal", "rewound", "resumed", "wandb", "failing", "blocks")
     return run_pair("tests.distributed.ddp_worker", tmp_path_factory.mktemp("ddp"), *jobs)
 
 
@@ -38,6 +39,20 @@ def test_two_processes_equal_one(found: Found, tmp_path: Path) -> None:
     module, watch = ToyModule(net), Watch(moving=False)
     trainer(tmp_path, [pruner(at=["7st", "1ep"]), watch], max_epochs=2).fit(module, *loaders())
     assert [event.plan.digest() for event in watch.events] == first["digests"]
+    for one, other in zip(module.parameters(), first["weights"], strict=True):
+        torch.testing.assert_close(one.detach().flatten(), torch.tensor(other), rtol=1e-4, atol=1e-6)
+
+
+def test_two_processes_lose_the_blocks_of_one(found: Found, tmp_path: Path) -> None:
+    """By Taylor scores of gradients that are means over both, and weights rewound."""
+    first, second = found["blocks"]
+    assert first["weights"] == second["weights"]
+    assert [len(names) for names in first["left"]] == [1, 1]  # of three, down to half in two steps
+    assert first["wrappers"] == 3
+    module, watch = chain(), Watch(moving=False)
+    prune = pruner("taylor", at=["3st", "100%"], granularity="block")
+    trainer(tmp_path, [prune, watch, WeightRewind("2st"), LRRewind("2st")], max_epochs=2).fit(module, *loaders())
+    assert [[entry["block"] for entry in event.plan.left] for event in watch.events] == first["left"]
     for one, other in zip(module.parameters(), first["weights"], strict=True):
         torch.testing.assert_close(one.detach().flatten(), torch.tensor(other), rtol=1e-4, atol=1e-6)
 
