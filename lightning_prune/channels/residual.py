@@ -208,10 +208,11 @@ class Residuals:
                 first, second = reads[:2]
                 if (first in through) != (second in through) and first in derived and second in derived:
                     operand = 1 if first in through else 0
+                    if self._has_left(call, i, operand):  # the other branches keep the names they had beside it
+                        return []
                     through.update(self.writes[i])
                     before = adds[first if operand else second]
-                    own = [] if self._has_left(call, i, operand) else [(numbers[i], operand)]
-                    adds.update(dict.fromkeys(self.writes[i], before + own))
+                    adds.update({node: [*before, (numbers[i], operand)] for node in self.writes[i]})
             elif op.name in _MAYBE_IDENTITY and reads[0] in through and op.outs[0].shape == op.args[0].shape:
                 through.add(self.writes[i][0])
                 adds[self.writes[i][0]] = adds[reads[0]]
