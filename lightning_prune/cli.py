@@ -32,6 +32,7 @@ COMMANDS = {
     "profile": "lightning_prune.commands.profile",
     "report": "lightning_prune.commands.report",
     "sweep": "lightning_prune.commands.sweep",
+    "sweep-report": "lightning_prune.commands.sweep_report",
     "wandb-report": "lightning_prune.commands.wandb_report",
 }
 """Commands beside LightningCLI's, by the module whose ``main`` takes their arguments."""

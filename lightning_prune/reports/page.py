@@ -1,25 +1,21 @@
 """A report as one HTML file that asks for nothing else: style, script and charts stand in it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from lightning_prune.connectivity import ErrorPlane
 from lightning_prune.reports.beside import Analysed, Curve, Ranks, curves_of_run, ranks_of_run, readable
+from lightning_prune.reports.document import chart_content, document
 from lightning_prune.reports.figures import Figure, figures_of, label_of
 from lightning_prune.reports.lines import figures_of_analysis, figures_of_rounds
 from lightning_prune.reports.planes import plane_chart
 from lightning_prune.reports.runs import Group, notes_on
 from lightning_prune.reports.sections import count_text, frozen, layers, methods, rounds, where
-from lightning_prune.reports.svg import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, line_chart, strip_chart
+from lightning_prune.reports.svg import line_chart, strip_chart
 
 MOST_RANKS = 6
 """Methods whose ranks are drawn."""
-
-_HERE = Path(__file__).parent
-_STYLE, _SCRIPT = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
 
 
 def page_of(
@@ -48,16 +44,7 @@ def page_of(
     parts += [page.analysed(name, found) for name, found in (analyses or {}).items()]
     parts += [_ranks(ranks), where(groups)]
     names = [[label_of(index), group.name] for index, group in enumerate(groups)]
-    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>\n{_STYLE}{_colours()}</style></head>\n<body>{''.join(parts)}"
-        f'<div id="tip" role="status" hidden></div>'
-        f'<script type="application/json" id="data">{_json({"names": names, "charts": page.charts})}</script>'
-        f"<script>\n{_SCRIPT}</script></body></html>\n"
-    )
+    return document(title, parts, names, page.charts)
 
 
 class _Page:
@@ -68,7 +55,7 @@ class _Page:
 
     def chart(self, figure: Figure) -> str:
         """A figure as HTML."""
-        self.charts.append(_content(figure))
+        self.charts.append(chart_content(figure))
         drawn = line_chart(figure.title, figure.lines, figure.x, figure.y, figure.ideal, figure.guide)
         return (
             f'<figure data-chart="{len(self.charts) - 1}"><h3>{escape(figure.title)}</h3>{drawn}'
@@ -154,34 +141,3 @@ def _ranks(ranks: Mapping[int, Ranks]) -> str:
             f'<figure><h3>{escape(title)}</h3><div class="tall">{drawn}</div><figcaption>{note}</figcaption></figure>'
         )
     return f'<h2>Ranks of feature maps</h2><div class="charts">{"".join(figures)}</div>' if figures else ""
-
-
-def _content(figure: Figure) -> dict[str, Any]:
-    """What the script needs to find the point under the pointer and to say what it is."""
-
-    def axis(own: Axis) -> dict[str, Any]:
-        content = {"label": own.label.removesuffix(" (log scale)"), "low": own.low, "high": own.high}
-        return content | {"log": own.log, "falling": own.falling, "named": bool(own.named)}
-
-    lines = []
-    for line in figure.lines:
-        points = [
-            [m.tag, *map(_short, (m.x, m.y))] + ([*map(_short, (m.low, m.high)), m.count] if m.count > 1 else [])
-            for m in line.marks
-        ]
-        lines.append({"m": line.colour, "p": points} | ({} if line.name is None else {"n": line.name}))
-    frame = [LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM]
-    return {"x": axis(figure.x), "y": axis(figure.y), "tag": figure.tag, "frame": frame, "lines": lines}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _json(content: Any) -> str:
-    """JSON that cannot end the element that holds it, whatever stands in its texts."""
-    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def _colours() -> str:
-    return "".join(f".c{i}{{color:var(--k{i})}}" for i in range(6))

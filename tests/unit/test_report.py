@@ -6,7 +6,6 @@ import json
 import math
 import time
 from html import escape, unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,39 +22,10 @@ from lightning_prune.record import Round, RunRecord
 from lightning_prune.reports.page import page_of
 from lightning_prune.reports.runs import front, group_runs
 from lightning_prune.reports.svg import Axis, Line, Mark, label_places
+from tests._helpers.pages import Page
 from tests._helpers.runs import run_of
 
 HOSTILE = "<script>alert(1)</script>\"'|&\n"
-
-
-class Page(HTMLParser):
-    """Tags, the cells of the table, and whether every tag that opens also closes."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: list[list[str]] = []
-        self.open: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "td" in self.open or "th" in self.open:
-            self.rows[-1][-1] += data
 
 
 def write(folder: Path, runs: dict[str, RunRecord]) -> Path:

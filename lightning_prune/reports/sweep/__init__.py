@@ -1,0 +1,1 @@
+"""What the arms of a sweep reached, kept and cost, and whether pruning beat its controls."""
