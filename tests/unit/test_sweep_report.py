@@ -61,7 +61,7 @@ def test_one_seed_decides_nothing() -> None:
     (found,) = result.differences
     assert (found.seeds, found.verdict) == ((0,), UNTOLD)
     assert math.isnan(found.half_width)
-    assert "+80.00, n = 1: cannot be told" in markdown(result)
+    assert "| +80.00 cannot be told, n = 1 |" in markdown(result)
     assert result.cells[0].deviation is None
     row = dict(zip(*(lambda head, rows: (head, rows[0]))(*numbers(result)), strict=True))
     assert (row["scratch_cost_low"], row["scratch_cost_mean"]) == (None, pytest.approx(0.8))
@@ -96,7 +96,7 @@ def test_controls_are_those_of_the_budget_and_the_shape() -> None:
     assert result.scores["masks"]["scratch_cost"].unlike == 1
     text = markdown(result)
     assert "no such control" in text
-    assert "its budget is of macs" in text
+    assert "its budget: 50 % of MACs" in text
     assert "budgets count different things in 1" in text
 
 
@@ -116,6 +116,9 @@ def test_wins_and_losses_are_counted_over_networks_and_budgets() -> None:
         "cut beats its control (from scratch, equal cost) in 2 of 4 comparisons (worse in 1, cannot be told in 1)."
     )
     assert "does not beat its control" in sentence_of("cut", "dense", Score(worse=3, untold=1))
+    assert "is not shown to beat its control (dense, trained as long) in any of 2" in sentence_of(
+        "cut", "dense", Score(untold=2)
+    )
     assert "has no such control" in sentence_of("cut", "dense", Score(missing=2))
 
 
@@ -144,8 +147,8 @@ def test_cells_hold_means_and_spreads_over_seeds() -> None:
     assert cell.values["seconds"].mean == pytest.approx(61.0)
     assert (cell.values["before"].mean, cell.values["after_cut"].mean) == (0.85, 0.3)
     text = markdown(analyse(arms, "test_acc"))
-    assert "| val_acc, % before the cut |" in text
-    assert "| 2.000 (off its limit by +50.0 %) |" in text
+    assert "| val_acc, % before the cut → right after it |" in text
+    assert "| 85.00 → 30.00 | 2.000 (off its limit by +50.0 %) |" in text
     assert "| no dense arm (off its limit by +50.0 %) |" in markdown(analyse(arms[:3], "test_acc"))
 
 
@@ -305,7 +308,7 @@ def test_the_command_writes_every_form(tmp_path: Path, capsys: pytest.CaptureFix
     text = out.read_text(encoding="utf-8")
     if form == "html":
         assert Page(text).open == []
-        assert "It beats its control (from scratch, equal cost) in 1 of 1 comparison" in text
+        assert "It beats its control (from scratch, equal cost) in the only comparison (worse in 0" in text
         drawn = sorted((tmp_path / "pictures").iterdir())
         assert [path.name for path in drawn] == ["net-latency.svg", "net-macs.svg", "net-nonzero_params.svg"]
         for path in drawn:
@@ -313,7 +316,7 @@ def test_the_command_writes_every_form(tmp_path: Path, capsys: pytest.CaptureFix
             assert all(name in words for name in ("A cut", "B small", "% of dense"))
     if form == "md":
         assert "| cut | 50 % of MACs | 0, 1 | 50.0 % |" in text
-        assert "n = 2: beats it" in text
+        assert " beats it, n = 2 |" in text
     if form == "csv":
         rows = list(csv.DictReader(io.StringIO(text)))
         assert [row["method"] for row in rows] == ["cut", "small"]

@@ -115,12 +115,12 @@ def _against(result: SweepResult, cells: Sequence[Cell], entries: Mapping[str, E
         return "<p>No control to compare with.</p>"
     head, rows = differences_in_words(result, cells)
     body = "".join(_row(row, entries) for row in rows)
-    return f"<h3>Methods minus controls</h3>{_table(head, f'<tbody>{body}</tbody>')}"
+    return f"<h3>Methods minus controls</h3>{_table(head, f'<tbody>{body}</tbody>', 'arms minus')}"
 
 
-def _table(head: Sequence[str], bodies: str) -> str:
+def _table(head: Sequence[str], bodies: str, look: str = "arms") -> str:
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    return f'<div class="scroll"><table class="arms"><thead><tr>{heads}</tr></thead>{bodies}</table></div>'
+    return f'<div class="scroll"><table class="{look}"><thead><tr>{heads}</tr></thead>{bodies}</table></div>'
 
 
 def _row(row: Sequence[str], entries: Mapping[str, Entry]) -> str:
@@ -131,8 +131,11 @@ def _row(row: Sequence[str], entries: Mapping[str, Entry]) -> str:
 
 
 def _cell(text: str) -> str:
-    look = ' class="off"' if "off its limit" in text else ' class="beats"' if f": {BEATS}" in text else ""
-    return f"<td{look}>{escape(text)}</td>"
+    """A cell; its second line is small."""
+    first, _, second = text.partition("\n")
+    look = ' class="off"' if "off its limit" in second else ' class="beats"' if second.startswith(BEATS) else ""
+    small = f"<br><small>{escape(second)}</small>" if second else ""
+    return f"<td{look}>{escape(first)}{small}</td>"
 
 
 def _where(result: SweepResult) -> str:

@@ -145,12 +145,16 @@ def sentence_of(method: str, role: str, score: Score) -> str:
     control = f"its control ({ROLES[role]})"
     if not score.told:
         return f"{method} has no such control ({ROLES[role]})."
-    times = f"{score.told} comparison{'' if score.told == 1 else 's'}"
-    rest = f"worse in {score.worse}, cannot be told in {score.untold}"
-    rest += f"; budgets count different things in {score.unlike}" if score.unlike else ""
+    alone = score.told == 1
+    times = "the only comparison" if alone else f"{score.told} comparisons"
+    unlike = f"; budgets count different things in {score.unlike}" if score.unlike else ""
+    rest = f" (worse in {score.worse}, cannot be told in {score.untold}{unlike})."
     if score.beats:
-        return f"{method} beats {control} in {score.beats} of {times} ({rest})."
-    return f"{method} does not beat {control} in any of {times} ({rest})."
+        return f"{method} beats {control} in {times if alone else f'{score.beats} of {times}'}{rest}"
+    of = times if alone else f"any of {times}"
+    if score.worse:
+        return f"{method} does not beat {control} in {of}{rest}"
+    return f"{method} is not shown to beat {control} in {of}{rest}"
 
 
 def on_front(cells: Sequence[Cell], quantity: str, metric: str) -> set[int]:
