@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_prune.callbacks.company import require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
-from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
+from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of, to_batch
 from lightning_prune.callbacks.folders import run_folder, tries_out
 from lightning_prune.callbacks.logs import log_numbers
 from lightning_prune.callbacks.moments import schedule_length
@@ -163,6 +163,11 @@ class TrainingCost(Callback):
 
     def on_scoring(self, trainer: pl.Trainer, pl_module: pl.LightningModule, examples: int) -> None:
         """Add the examples that a pruner ran through the network to score it, all processes together."""
+        if self._inputs is None:  # before the first batch, of a loader whose data cannot be indexed
+            with undisturbed(trainer.strategy.root_device):
+                batch = to_batch(next(iter(trainer.train_dataloader)), trainer, pl_module)  # type: ignore[arg-type]
+            self._inputs = inputs_of(batch, self._target(pl_module))
+            self._count(trainer, pl_module)
         if self.rows:
             self.macs += FORWARD * examples * self.rows[-1][1]
 
