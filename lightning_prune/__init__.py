@@ -10,6 +10,7 @@ from lightning_prune.actions import Supermask, mask_weights, supermask
 from lightning_prune.callbacks import (
     ChannelPruner,
     CostProfiler,
+    EarlyBird,
     HRankPruner,
     IterativeMagnitudePruner,
     LearnedSupermask,
@@ -60,6 +61,7 @@ from lightning_prune.record import RunRecord
 from lightning_prune.reports.wandb_reporter import WandbReporter
 from lightning_prune.scores import score_weights
 from lightning_prune.selection import select
+from lightning_prune.settling import mask_distance
 from lightning_prune.times import TrainTime
 
 __version__ = "0.1.0"
@@ -73,6 +75,7 @@ __all__ = [
     "ConfigError",
     "CostProfiler",
     "Costs",
+    "EarlyBird",
     "EqualityError",
     "ErrorRate",
     "ExportError",
@@ -120,6 +123,7 @@ __all__ = [
     "load_compact",
     "load_compact_checkpoint",
     "load_ticket",
+    "mask_distance",
     "mask_weights",
     "measure_latency",
     "plan_removal",

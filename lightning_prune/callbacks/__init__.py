@@ -3,6 +3,7 @@
 from lightning_prune.callbacks.channels import ChannelPruner
 from lightning_prune.callbacks.connectivity import RoundConnectivity
 from lightning_prune.callbacks.costs import CostProfiler
+from lightning_prune.callbacks.early_bird import EarlyBird
 from lightning_prune.callbacks.events import Position, PruneEvent
 from lightning_prune.callbacks.hrank import HRankPruner
 from lightning_prune.callbacks.learned import LearnedSupermask
@@ -18,6 +19,7 @@ from lightning_prune.callbacks.training_cost import TrainingCost
 __all__ = [
     "ChannelPruner",
     "CostProfiler",
+    "EarlyBird",
     "HRankPruner",
     "IterativeMagnitudePruner",
     "LRRewind",

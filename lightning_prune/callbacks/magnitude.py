@@ -205,11 +205,15 @@ class IterativeMagnitudePruner(RoundPruner):
             self.masks = self.masks.placed_like(self._parameters)
             self._enforcer.set_masks(self.masks, resumed=True)
 
-    def decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MaskSet:
-        """Select what stays."""
+    def candidate(self, pl_module: pl.LightningModule) -> MaskSet:
+        """The masks that a cut would choose if it came now. Nothing changes; sharded parameters: a collective."""
         assert self.masks is not None
         reshard(pl_module)  # what is written to shards from here on must be seen by the next forward pass
-        masks = self._choose(self.masks, self._running.round + 1)
+        return self._choose(self.masks, self._running.round + 1)
+
+    def decide(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> MaskSet:
+        """Select what stays."""
+        masks = self.candidate(pl_module)
         compare_masks(masks)
         masks.digest()  # a collective where masks are sharded; from now on every process knows it, and the counts
         return masks

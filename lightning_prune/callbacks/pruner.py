@@ -197,6 +197,15 @@ class RoundPruner(Callback):
         """This run's record so far, once a fit has begun."""
         return self._recorder.record
 
+    @property
+    def schedule(self) -> RoundSchedule:
+        """The rounds of the fit under way, and the position in them."""
+        return self._running
+
+    def record_distance(self, steps: int, distance: float) -> None:
+        """Add a check of :class:`EarlyBird` to the row of the round under way."""
+        self._recorder.distances.append((steps, distance))
+
     def record_costs(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         """Add a measurement of :class:`CostProfiler` to this run's record."""
         self._recorder.add_costs(trainer, row)

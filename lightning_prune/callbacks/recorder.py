@@ -42,6 +42,8 @@ class RoundRecorder:
         self._removed = 0
         self._ticket: str | None = None
         self._start: dict[str, float] = {}
+        self.distances: list[tuple[int, float]] = []
+        """Of candidate masks in the round under way; see :class:`Round`."""
         self._earlier: dict[str, Any] = {}
         self._since = time.monotonic()
         self._table = LiveTable(verbose)
@@ -68,6 +70,7 @@ class RoundRecorder:
             self._write(trainer)
             return
         self._metrics, self._best, self._removed, self._ticket, self._start = {}, None, 0, None, {}
+        self.distances = []
         if self.folder is not None and trainer.is_global_zero:
             check_free(self.folder)
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -113,6 +116,7 @@ class RoundRecorder:
         self._start = dict(start)
         self._ticket = None if ticket is None else self._relative(ticket)
         self._best = None
+        self.distances = []
         self._since = time.monotonic()
         numbers: dict[str, float] = {
             "prune/round": event.round,
@@ -161,6 +165,7 @@ class RoundRecorder:
             ticket=self._ticket,
             start_metrics=self._start,
             stopped_early=schedule.stopped_early,
+            mask_distances=tuple(self.distances),
             **counts,
         )
         self.record.add_round(row, seconds=time.monotonic() - self._since)
@@ -194,6 +199,7 @@ class RoundRecorder:
             "removed": self._removed,
             "ticket": self._ticket,
             "start": dict(self._start),
+            "distances": [list(pair) for pair in self.distances],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -204,6 +210,7 @@ class RoundRecorder:
         self._removed = state["removed"]
         self._ticket = state["ticket"]
         self._start = dict(state.get("start", {}))
+        self.distances = [(int(steps), float(distance)) for steps, distance in state.get("distances", [])]
 
 
 def _is_number(value: Any) -> bool:

@@ -54,13 +54,14 @@ class RoundSchedule:
         self.start_step = 0
         self.rewound: Position | None = None
         self.stopped_early = False
+        self._ended_at: int | None = None  # the step of one training at which a callback has ended this round
         self._users: dict[str, Any] | None = None
         self._intervals: tuple[Any, Any] | None = None  # between validations, while one is forced
         self.epochs: int | None = None  # of one training, the last one perhaps cut short
         self._steps: int | None = None  # of one training, where it ends inside an epoch or epochs have no length
         self._places: list[tuple[int | None, int | None]] = []  # where each round ends, as epochs and steps are above
         self.total_steps = 0
-        self._steps_per_epoch: int | None = None
+        self.steps_per_epoch: int | None = None
 
     # ------------------------------------------------------------------ limits
 
@@ -93,16 +94,16 @@ class RoundSchedule:
                 "the Trainer has no end: one training's length must be known to run rounds of it. "
                 "Set Trainer(max_epochs=...) or Trainer(max_steps=...), or round_length='10ep'."
             )
-        self._steps_per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+        self.steps_per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
         self.total_steps = 0 if math.isinf(total) else max(0, int(total))  # -1 is Lightning's "no limit"
         self.epochs = None if fit_loop.max_epochs in (-1, None) else fit_loop.max_epochs
         self._steps = None if epoch_loop.max_steps == -1 else epoch_loop.max_steps
         if (
             self._steps is not None
-            and self._steps_per_epoch is not None
+            and self.steps_per_epoch is not None
             and trainer.lightning_module.automatic_optimization
         ):
-            full, rest = divmod(min(self._steps, self.total_steps), self._steps_per_epoch)
+            full, rest = divmod(min(self._steps, self.total_steps), self.steps_per_epoch)
             self.epochs = full + (rest > 0)
             if rest == 0:
                 self._steps = None
@@ -112,7 +113,7 @@ class RoundSchedule:
         self._check_rewinding_point(trainer)
         self._places = [(self.epochs, self._steps)] * (self.rounds + 1)
         if self.ends is not None:
-            counted = self._steps_per_epoch if self._automatic(trainer) else None
+            counted = self.steps_per_epoch if self._automatic(trainer) else None
             self._places[:-1] = [place(end, self.total_steps, counted) for end in self.ends]
             self._check_ends(trainer)
         if not self.goes_on:
@@ -127,7 +128,7 @@ class RoundSchedule:
     def _check_ends(self, trainer: pl.Trainer) -> None:
         assert self.ends is not None
         length = Length(
-            self.epochs, self.total_steps, self._steps_per_epoch, self._automatic(trainer), self.describe_length()
+            self.epochs, self.total_steps, self.steps_per_epoch, self._automatic(trainer), self.describe_length()
         )
         check_ends(self.ends, length, self.rewind_to)
 
@@ -193,7 +194,7 @@ class RoundSchedule:
             return self.rewound.epoch
         if self.rewind_to.unit == "ep":
             return int(self.rewind_to.value)
-        return self.rewind_to.in_steps(self.total_steps) // self._steps_per_epoch if self._steps_per_epoch else 0
+        return self.rewind_to.in_steps(self.total_steps) // self.steps_per_epoch if self.steps_per_epoch else 0
 
     def restore(self, trainer: pl.Trainer) -> None:
         """In ``teardown``: give the Trainer its own limits back."""
@@ -231,18 +232,18 @@ class RoundSchedule:
             # steps per batch are the module's own affair here; batches are what can be counted beforehand
             reached = trainer.fit_loop.total_batch_idx >= k.in_steps(self.total_steps)
         else:
-            reached = step >= k.in_steps(self.total_steps, self._steps_per_epoch)
+            reached = step >= k.in_steps(self.total_steps, self.steps_per_epoch)
         return Position(trainer.current_epoch, batch_idx, step) if reached else None
 
     def _is_steps_end(self, trainer: pl.Trainer) -> bool:
-        steps = self._places[self.round][1]
+        steps = self._places[self.round][1] if self._ended_at is None else self._ended_at
         return steps is not None and self.steps_done(trainer) >= steps
 
     def steps_left(self, trainer: pl.Trainer) -> int | None:
         """Optimizer steps until the current round has had its length; ``None`` where that is not known."""
         epochs, steps = self._places[self.round]
-        if steps is None and epochs is not None and self._steps_per_epoch is not None and self._automatic(trainer):
-            steps = epochs * self._steps_per_epoch
+        if steps is None and epochs is not None and self.steps_per_epoch is not None and self._automatic(trainer):
+            steps = epochs * self.steps_per_epoch
         return None if steps is None else steps - self.steps_done(trainer)
 
     def _had_its_length(self, trainer: pl.Trainer) -> bool:
@@ -255,9 +256,25 @@ class RoundSchedule:
 
     def is_over(self, trainer: pl.Trainer) -> bool:
         """In ``on_train_epoch_start``: has the current round had its length, or been stopped early?"""
+        if self._ended_at is not None:
+            self.stopped_early = True
+            return True
         by_length = self._had_its_length(trainer)
         self.stopped_early = not by_length and self._minimum_met(trainer) and self._round_may_end(trainer)
         return self.round < self.rounds and (by_length or self.stopped_early)
+
+    def can_end_early(self, trainer: pl.Trainer) -> bool:
+        """In ``on_train_batch_end``: may a callback end the round here, before its length and with a cut to follow?"""
+        if self.round == self.rounds or self.goes_on or self._ended_at is not None or not self._minimum_met(trainer):
+            return False
+        epochs = self._places[self.round][0]
+        last = trainer.is_last_batch and epochs is not None and self.epochs_done(trainer) + 1 >= epochs
+        return not last and not self._is_steps_end(trainer) and (self.rewind_to is None or self.rewound is not None)
+
+    def end_early(self, trainer: pl.Trainer) -> None:
+        """End the round with this batch: it is validated, and the cut comes at the start of the next epoch."""
+        self._ended_at = self.steps_done(trainer)
+        self.on_train_batch_end(trainer)
 
     def _minimum_met(self, trainer: pl.Trainer) -> bool:
         assert self._users is not None
@@ -319,6 +336,7 @@ class RoundSchedule:
     def next_round(self, trainer: pl.Trainer) -> None:
         """Open the next round at this epoch; the fit shrinks by what an early stop has saved."""
         self.round += 1
+        self._ended_at = None
         if not self.goes_on:
             self.start_epoch = trainer.current_epoch
             self.start_step = trainer.global_step
@@ -337,6 +355,7 @@ class RoundSchedule:
             "start_epoch": self.start_epoch,
             "start_step": self.start_step,
             "rewound": rewound,
+            "ended_at": self._ended_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -345,3 +364,4 @@ class RoundSchedule:
         self.start_epoch = state["start_epoch"]
         self.start_step = state["start_step"]
         self.rewound = None if state["rewound"] is None else Position(*state["rewound"])
+        self._ended_at = state.get("ended_at")  # checkpoints of earlier versions have none

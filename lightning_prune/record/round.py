@@ -37,6 +37,8 @@ class Round:
         costs: ``{"channels" | "params" | "macs": (now, of the dense network)}`` where channels are removed: prunable
             channels, all parameters, multiply-adds at the example inputs. Where whole blocks are removed ``"blocks"``
             instead of channels.
+        mask_distances: ``(steps, distance)`` of each check whether the masks of the coming cut have settled; ``steps``
+            counted as above, ``distance`` as in :class:`EarlyBird`.
 
     Raises:
         ConfigError: Counts that contradict each other, or a value of the wrong type.
@@ -60,6 +62,7 @@ class Round:
     unit: str = "weights"
     start_metrics: Mapping[str, float] = field(default_factory=dict)
     costs: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    mask_distances: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         where = f"round {self.round!r:.80} of the record"
@@ -82,6 +85,7 @@ class Round:
                 "best": None if self.best is None else to_plain(self.best, f"{where}, best"),
                 "stopped_early": bool(self.stopped_early),
                 "costs": {str(k): (int(now), int(dense)) for k, (now, dense) in self.costs.items()},
+                "mask_distances": tuple((int(steps), float(distance)) for steps, distance in self.mask_distances),
             }
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{where}: a count, metric or learning rate is no number ({error!s:.120}).") from error

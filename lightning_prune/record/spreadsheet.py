@@ -19,7 +19,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     flat = {
         k: v
         for k, v in row.items()
-        if k not in ("per_layer", "metrics", "learning_rates", "best", "costs", "start_metrics")
+        if k not in ("per_layer", "metrics", "learning_rates", "best", "costs", "start_metrics", "mask_distances")
     }
     best = dict(row["best"] or {})
     flat |= {f"metrics/{k}": v for k, v in row["metrics"].items()}

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from lightning_prune import (
     Budget,
+    EarlyBird,
     HRankPruner,
     IterativeMagnitudePruner,
     LRRewind,
@@ -140,6 +141,8 @@ def prune(
     cuts, pruner = Cuts(), IterativeMagnitudePruner(0.3, 2, monitor="val_acc", verbose=False, **options)
     saver = ModelCheckpoint(folder / "ckpt", filename="{step}", every_n_train_steps=5, save_top_k=-1)
     callbacks = [pruner, WeightRewind("3st"), LRRewind("3st"), TicketWriter(), cuts, saver]
+    if "control" not in options:
+        callbacks.append(EarlyBird(0.07, window=3, every="2st"))
     scorer = SupermaskScorer(["large_final", "random", "movement", "snip"], "signed_constant", "zero", "val_acc")
     fitted = trainer(
         folder,

@@ -76,6 +76,7 @@ def test_several_processes_equal_one(found: Found, one: tuple[Path, dict[str, An
     assert len(set(alone["digests"])) == 2
     assert_close(several[0]["densities"], alone["densities"])
     assert_close(record(several[0]["folder"]), record(alone["folder"]))
+    assert [row["stopped_early"] for row in record(alone["folder"])["rounds"]] == [True, True, False]
     for number in (1, 2):
         ours, theirs = (load_ticket(ticket_of(seen, number)) for seen in (several[0], alone))
         assert ours.masks == theirs.masks
@@ -135,6 +136,7 @@ def test_channels_leave_as_on_one_process(found: Found, method: str, tmp_path: P
         assert_close(seen["ranks"], alone["ranks"])
     assert bool(alone["ranks"]) == (method == "hrank")
     assert_close(record(several[0]["folder"]), record(alone["folder"]))
+    assert [row["stopped_early"] for row in record(alone["folder"])["rounds"]] == [True, True, False]
 
 
 def test_processes_with_different_numbers_of_batches_are_refused(found: Found) -> None:

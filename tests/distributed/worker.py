@@ -117,8 +117,9 @@ def error_of(run: Callable[[], Any]) -> str:
 
 
 def resume_from(folder: Path) -> str:
-    (path,) = folder.glob("ckpt/step=30-*.ckpt")
-    return str(path)
+    """The last checkpoint of round 1."""
+    found = folder.glob("ckpt/step=*-round01.ckpt")
+    return str(max(found, key=lambda path: int(path.name.split("=")[1].split("-")[0])))
 
 
 JOBS: dict[str, Callable[[Path, int], Any]] = {

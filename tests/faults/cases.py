@@ -24,6 +24,7 @@ from lightning_prune import (
     Budget,
     ChannelPruner,
     CostProfiler,
+    EarlyBird,
     HRankPruner,
     IterativeMagnitudePruner,
     LearnedSupermask,
@@ -180,7 +181,9 @@ CASES: dict[str, Case] = {
         ],
     ),
     "re-initialisation": Case(lambda: [imp(), WeightRewind("0st", reinit=True), LRRewind("0st"), TicketWriter()]),
-    "learning-rate rewinding": Case(lambda: [imp(), LRRewind("0st"), TicketWriter()]),
+    "learning-rate rewinding": Case(
+        lambda: [imp(), LRRewind("0st"), TicketWriter(), EarlyBird(0.15, window=3, every="2st")]
+    ),
     "fine-tuning, random pruning": Case(lambda: [imp(control="random_pruning"), TicketWriter()], configure=adam),
     "slimming": Case(
         lambda: [
