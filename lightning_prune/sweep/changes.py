@@ -88,8 +88,8 @@ def change(callbacks: Sequence[dict[str, Any]], key: str, value: Any) -> bool:
     return bool(chosen)
 
 
-def set_budget(callbacks: Sequence[dict[str, Any]], budget: float, where: Path) -> str:
-    """Give the pruner its budget, in place.
+def set_budget(callbacks: Sequence[dict[str, Any]], budget: float, where: Path, at: str | None = None) -> str:
+    """Give the pruner its budget, in place, and the time of its cut unless that is the recipe's own.
 
     Returns:
         What the budget is a fraction of: ``"macs"``, ``"params"``, ``"channels"`` or ``"latency"``, as the recipe has
@@ -108,6 +108,8 @@ def set_budget(callbacks: Sequence[dict[str, Any]], budget: float, where: Path) 
         )
     (what,) = inner
     inner[what] = budget
+    if at is not None:
+        pruners[0]["init_args"]["at"] = at
     return str(what)
 
 

@@ -15,7 +15,7 @@ from lightning_prune.sweep.planning import Arm
 from lightning_prune.sweep.results import network_of
 from lightning_prune.sweep.schema import Sweep
 
-SMALLER = ("cut", "scratch", "narrowed")
+SMALLER = ("cut", "whole", "scratch", "narrowed")
 """Kinds of method whose networks have other shapes than the dense one; masks leave latency as it is."""
 
 

@@ -142,6 +142,9 @@ class Planner:
             case "cut":
                 assert budget is not None
                 stages, on = self._cut(method, budget, name)
+            case "whole":
+                assert budget is not None
+                stages, on = self._whole(method, budget, name)
             case "rounds":
                 assert budget is not None
                 stages, on = (self._rounds(method, budget, name),), "params"
@@ -194,6 +197,13 @@ class Planner:
             name, recipes, callbacks, options, spec, limit=rest, needs=(first.folder / LAST,)
         )  # fmt: skip
         return (first, stage), on
+
+    def _whole(self, method: Method, budget: float, name: str) -> tuple[tuple[Stage, ...], str]:
+        assert method.recipe is not None
+        recipes = [self.sweep.recipe, method.recipe]
+        callbacks, options = self._changed(recipes, method.changes)
+        on = set_budget(callbacks, budget, method.recipe, at=f"{self.first_steps}st")
+        return (self._fit(name, recipes, callbacks, options, self.network.spec(), limit=self.total),), on
 
     def _continued(self, method: Method, name: str) -> tuple[Stage, ...]:
         first, spec, _ = self._after_first(method)

@@ -22,7 +22,7 @@ WITHIN = 0.02
 
 def network_of(arm: Arm) -> nn.Module:
     """The network at the end of an arm, with its weights."""
-    if arm.method.kind == "cut":
+    if arm.method.cuts:
         return compact_network(build(arm.network.spec()), arm.folder / COMPACT)
     return trained(build(dict(arm.network_spec)), arm.folder / LAST)
 
@@ -64,7 +64,7 @@ def result_of(arm: Arm, facts: NetworkFacts, output: Path) -> Result:
     return Result(
         arm.network.name,
         arm.method.name,
-        arm.method.kind,
+        "cut" if arm.method.cuts else arm.method.kind,
         arm.seed,
         {
             "macs": costs.macs.total / facts.macs,
@@ -92,7 +92,7 @@ def _around_the_cut(arm: Arm) -> tuple[dict[str, float] | None, dict[str, float]
     rounds = RunRecord.read(path).rounds if path.exists() else []
     after = dict(rounds[-1].start_metrics) if rounds else {}
     before: dict[str, float] = {}
-    if arm.method.kind == "rounds":
+    if arm.method.kind in ("rounds", "whole"):
         before = dict(rounds[0].metrics)
     elif arm.method.kind == "cut":
         before = last_metrics(arm.stages[0].folder, ("val_",))

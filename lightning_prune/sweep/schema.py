@@ -11,6 +11,7 @@ from lightning_prune.recipes import parse_yaml
 
 KINDS = {
     "cut": {"recipe", "first_recipe", "set", "first_set"},
+    "whole": {"recipe", "set"},
     "rounds": {"recipe", "set", "rewind", "rounds", "fraction"},
     "dense": {"set"},
     "continued": {"set"},
@@ -20,6 +21,8 @@ KINDS = {
 """The kinds of method, and the keys that each may have beside ``kind``.
 
 - ``cut``: the shared first training, then a recipe whose pruner has a budget.
+- ``whole``: the same in one fit, for pruners that must see the training before their cut; it comes where the first
+  training would end.
 - ``rounds``: all rounds of a mask in one fit.
 - ``dense``: the dense network, one training. ``continued``: the first training, then the rest without a cut.
 - ``scratch``: the shape of the compact network of method ``of`` with fresh weights.
@@ -89,6 +92,11 @@ class Method:
     equal: str = "cost"
 
     @property
+    def cuts(self) -> bool:
+        """Whether its networks end compact."""
+        return self.kind in ("cut", "whole")
+
+    @property
     def has_budget(self) -> bool:
         """Whether there is an arm for each budget."""
         return self.kind not in ("dense", "continued")
@@ -148,8 +156,8 @@ def read_sweep(path: str | Path) -> Sweep:
     networks = {name: reader.network(name, entry) for name, entry in reader.named(top, "networks")}
     methods = {name: reader.method(name, entry) for name, entry in reader.named(top, "methods")}
     for method in methods.values():
-        if method.kind == "scratch" and (method.of not in methods or methods[str(method.of)].kind != "cut"):
-            cuts = ", ".join(name for name, other in methods.items() if other.kind == "cut") or "(none)"
+        if method.kind == "scratch" and (method.of not in methods or not methods[str(method.of)].cuts):
+            cuts = ", ".join(name for name, other in methods.items() if other.cuts) or "(none)"
             raise ConfigError(f"{path}: methods.{method.name}.of={method.of!r}: expected a method of kind cut: {cuts}.")
     shape = top.get("input")
     return Sweep(
@@ -251,7 +259,7 @@ class _Reader:
         kind = entry.get("kind")
         if kind not in KINDS:
             raise self.wrong(f"{where}.kind", kind, f"one of {', '.join(KINDS)}")
-        needed = {"cut": {"recipe"}, "rounds": {"recipe"}, "scratch": {"of"}}.get(kind, set())
+        needed = {"cut": {"recipe"}, "whole": {"recipe"}, "rounds": {"recipe"}, "scratch": {"of"}}.get(kind, set())
         self.known(entry, KINDS[kind] | {"kind"}, f"{where} (of kind {kind})", needed)
         equal = entry.get("equal", "cost")
         if equal not in ("cost", "steps"):

@@ -28,6 +28,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         {"class_path": "lightning_prune.WeightRewind", "init_args": {"to": "3%"}},
         {"class_path": "lightning_prune.LRRewind", "init_args": {"to": "3%"}},
     ]}},
+    "gates.yaml": {"trainer": {"callbacks": [
+        {"class_path": "lightning_prune.SlimmingRegularizer", "init_args": {"gates": True}},
+        {"class_path": "lightning_prune.SlimmingPruner", "init_args": {"budget": BUDGET, "at": "9st"}},
+    ]}},
     "tune.yaml": {"trainer": {"callbacks": ["lightning_prune.IterativeMagnitudePruner"]}},
 }  # fmt: skip
 SWEEP: dict[str, Any] = {
@@ -48,6 +52,7 @@ SWEEP: dict[str, Any] = {
         "random": {"kind": "cut", "recipe": "channels.yaml", "set": {"ChannelPruner.criterion": "random"}},
         "slimming": {"kind": "cut", "recipe": "channels.yaml", "first_recipe": "sparsity.yaml"},
         "imp": {"kind": "rounds", "recipe": "imp.yaml", "rewind": 0.1},
+        "gates": {"kind": "whole", "recipe": "gates.yaml"},
         "tune": {"kind": "rounds", "recipe": "tune.yaml", "rounds": 3},
         "dense": {"kind": "dense"},
         "continued": {"kind": "continued"},
@@ -69,7 +74,7 @@ def sweep_of(folder: Path, **changes: Any) -> Sweep:
 def arms_of(sweep: Sweep) -> dict[str, Arm]:
     facts = dict.fromkeys(sweep.networks, FACTS)
     arms = plan_arms(sweep, facts, [*sweep.networks], [*sweep.methods], sweep.budgets, sweep.seeds, ["--data.root=D"])
-    assert len(arms) == 2 * 2 * (2 + 2 * 9)
+    assert len(arms) == 2 * 2 * (2 + 2 * 10)
     return {str(arm.folder): arm for arm in arms}
 
 
@@ -176,7 +181,7 @@ def test_rounds_for_a_budget() -> None:
         ({"recipe": "none.yaml"}, "recipe: there is no recipe .*none.yaml"),
         ({"networks": {"a": {"width": 1}}}, "networks.a: class is missing"),
         ({"networks": {"a/b": {}}}, "networks.a/b: a name has letters"),
-        ({"methods": {"m": {"kind": "cat"}}}, "methods.m.kind: 'cat': expected one of cut, rounds"),
+        ({"methods": {"m": {"kind": "cat"}}}, "methods.m.kind: 'cat': expected one of cut, whole, rounds"),
         ({"methods": {"m": {"kind": "dense", "of": "m"}}}, "methods.m .of kind dense.: unknown key 'of'"),
         ({"methods": {"m": {"kind": "scratch", "of": "z"}}}, "methods.m.of='z': expected a method of kind cut"),
         ({"methods": {"m": {"kind": "narrowed", "equal": "x"}}}, "methods.m.equal: 'x': expected cost or steps"),
@@ -215,3 +220,12 @@ def test_what_differs_is_named() -> None:
     there = {"options": {"a": json.dumps({"x": 1})}, "recipes": [{"data": {"size": 3}}]}
     here = {"options": {"a": json.dumps({"x": 1})}, "recipes": [{"data": {"size": 4}}]}
     assert difference(there, here) == "recipes.0.data.size is 3 there, and 4 in this sweep"
+
+
+def test_a_cut_inside_its_own_training_comes_where_the_first_training_would_end(tmp_path: Path) -> None:
+    arm = arms_of(sweep_of(tmp_path))["out/a/seed0/gates-50"]
+    (stage,) = arm.stages
+    text = " ".join(stage.command)
+    assert '"at": "420st"' in text
+    assert f'"limit": {arm.limit}' in text
+    assert (stage.macs, arm.budget_on) == (arm.limit, "macs")
