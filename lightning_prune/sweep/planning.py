@@ -372,7 +372,7 @@ def plan_arms(
     for network in networks:
         for seed in seeds:
             planner = Planner(sweep, sweep.networks[network], facts[network], seed, tuple(extra))
-            chosen = [sweep.methods[name] for name in methods]
+            chosen = [sweep.methods[name] for name in methods if sweep.methods[name].suits(network)]
             arms += [planner.arm(method, None) for method in chosen if not method.has_budget]
             for budget in budgets:
                 with_budget = sorted((m for m in chosen if m.has_budget), key=lambda m: m.kind == "scratch")

@@ -18,7 +18,7 @@ KINDS = {
     "scratch": {"set", "of", "equal"},
     "narrowed": {"set", "equal"},
 }
-"""The kinds of method, and the keys that each may have beside ``kind``.
+"""The kinds of method, and the keys that each may have beside ``kind`` and ``networks``.
 
 - ``cut``: the shared first training, then a recipe whose pruner has a budget.
 - ``whole``: the same in one fit, for pruners that must see the training before their cut; it comes where the first
@@ -77,6 +77,7 @@ class Method:
         fraction: Share of the remaining weights that a cut is to take.
         of: The method whose compact network gives the shape.
         equal: What a control has in common with the other arms: ``"cost"`` or ``"steps"``.
+        networks: Those that it suits; ``None``: all.
     """
 
     name: str
@@ -90,6 +91,11 @@ class Method:
     fraction: float = 0.5
     of: str | None = None
     equal: str = "cost"
+    networks: tuple[str, ...] | None = None
+
+    def suits(self, network: str) -> bool:
+        """Whether there are arms of it for a network."""
+        return self.networks is None or network in self.networks
 
     @property
     def cuts(self) -> bool:
@@ -154,7 +160,7 @@ def read_sweep(path: str | Path) -> Sweep:
     top = reader.mapping(content, "the file")
     reader.known(top, _SWEEP_KEYS, "the file", {"recipe", "steps", "networks", "budgets", "seeds", "methods"})
     networks = {name: reader.network(name, entry) for name, entry in reader.named(top, "networks")}
-    methods = {name: reader.method(name, entry) for name, entry in reader.named(top, "methods")}
+    methods = {name: reader.method(name, entry, [*networks]) for name, entry in reader.named(top, "methods")}
     for method in methods.values():
         if method.kind == "scratch" and (method.of not in methods or not methods[str(method.of)].cuts):
             cuts = ", ".join(name for name, other in methods.items() if other.cuts) or "(none)"
@@ -254,13 +260,13 @@ class _Reader:
             self.count(entry["steps"], f"{where}.steps") if "steps" in entry else None,
         )
 
-    def method(self, name: str, entry: dict[str, Any]) -> Method:
+    def method(self, name: str, entry: dict[str, Any], networks: Sequence[str]) -> Method:
         where = f"methods.{name}"
         kind = entry.get("kind")
         if kind not in KINDS:
             raise self.wrong(f"{where}.kind", kind, f"one of {', '.join(KINDS)}")
         needed = {"cut": {"recipe"}, "whole": {"recipe"}, "rounds": {"recipe"}, "scratch": {"of"}}.get(kind, set())
-        self.known(entry, KINDS[kind] | {"kind"}, f"{where} (of kind {kind})", needed)
+        self.known(entry, KINDS[kind] | {"kind", "networks"}, f"{where} (of kind {kind})", needed)
         equal = entry.get("equal", "cost")
         if equal not in ("cost", "steps"):
             raise self.wrong(f"{where}.equal", equal, "cost or steps")
@@ -279,7 +285,13 @@ class _Reader:
             self.share(entry.get("fraction", 0.5), f"{where}.fraction"),
             entry.get("of"),
             equal,
+            self.names(entry["networks"], networks, f"{where}.networks") if "networks" in entry else None,
         )
+
+    def names(self, value: Any, known: Sequence[str], key: str) -> tuple[str, ...]:
+        if not isinstance(value, list) or not value or not all(name in known for name in value):
+            raise self.wrong(key, value, f"a list of networks, of {', '.join(known)}")
+        return tuple(value)
 
     def latency(self, entry: Any) -> dict[str, Any]:
         given = self.mapping(entry, "latency")

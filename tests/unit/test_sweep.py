@@ -54,6 +54,7 @@ SWEEP: dict[str, Any] = {
         "imp": {"kind": "rounds", "recipe": "imp.yaml", "rewind": 0.1},
         "gates": {"kind": "whole", "recipe": "gates.yaml"},
         "tune": {"kind": "rounds", "recipe": "tune.yaml", "rounds": 3},
+        "only_b": {"kind": "cut", "recipe": "channels.yaml", "networks": ["b"]},
         "dense": {"kind": "dense"},
         "continued": {"kind": "continued"},
         "narrowed": {"kind": "narrowed"},
@@ -74,7 +75,7 @@ def sweep_of(folder: Path, **changes: Any) -> Sweep:
 def arms_of(sweep: Sweep) -> dict[str, Arm]:
     facts = dict.fromkeys(sweep.networks, FACTS)
     arms = plan_arms(sweep, facts, [*sweep.networks], [*sweep.methods], sweep.budgets, sweep.seeds, ["--data.root=D"])
-    assert len(arms) == 2 * 2 * (2 + 2 * 10)
+    assert len(arms) == 2 * 2 * (2 + 2 * 10) + 2 * 2
     return {str(arm.folder): arm for arm in arms}
 
 
@@ -229,3 +230,10 @@ def test_a_cut_inside_its_own_training_comes_where_the_first_training_would_end(
     assert '"at": "420st"' in text
     assert f'"limit": {arm.limit}' in text
     assert (stage.macs, arm.budget_on) == (arm.limit, "macs")
+
+
+def test_a_method_may_suit_some_networks_only(tmp_path: Path) -> None:
+    found = {arm.network.name for arm in arms_of(sweep_of(tmp_path)).values() if arm.method.name == "only_b"}
+    assert found == {"b"}
+    with pytest.raises(ConfigError, match=r"methods.m.networks: \['c'\]: expected a list of networks, of a, b"):
+        sweep_of(tmp_path, methods={"m": {"kind": "dense", "networks": ["c"]}})
