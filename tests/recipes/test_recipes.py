@@ -23,11 +23,18 @@ from lightning_prune.callbacks.remover import ChannelRemover
 from lightning_prune.cli import PruneCLI, main
 from lightning_prune.experiments import LeNet300100
 from lightning_prune.record import RunRecord
+from lightning_prune.sweep.facts import NetworkFacts, build
+from lightning_prune.sweep.planning import plan_arms
+from lightning_prune.sweep.schema import read_sweep
 from tests._helpers.wandb_runs import read_runs
 
 ROOT = Path(__file__).parents[2]
 FRAGMENTS = sorted((ROOT / "recipes" / "loggers").glob("*.yaml"))
-RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in FRAGMENTS]
+SWEEPS = [ROOT / "recipes" / "sweep" / "cifar10.yaml"]
+PARTS = [p for p in sorted((ROOT / "recipes" / "sweep").glob("*.yaml")) if p.stem != "train" and p not in SWEEPS]
+ALONE = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if p not in (*FRAGMENTS, *SWEEPS, *PARTS)]
+RECIPES = [*ALONE, *PARTS]
+CONVNEXT = {"class_path": "lightning_prune.experiments.convnext_cifar", "init_args": {"patch_size": 2}}
 
 
 class RandomImages(LightningDataModule):
@@ -55,7 +62,38 @@ def test_there_are_recipes() -> None:
     assert len(RECIPES) >= 6
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def content_of(path: Path) -> dict[str, Any]:
+    """A recipe; a part of the sweep on top of the training that it is a part of, on a network that it suits."""
+    recipe = yaml.safe_load(path.read_text())
+    if path not in PARTS:
+        return recipe
+    assert recipe.keys() == {"trainer"}
+    assert recipe["trainer"].keys() == {"callbacks"}
+    callbacks = recipe["trainer"]["callbacks"]
+    whole = yaml.safe_load((path.parent / "train.yaml").read_text())
+    whole["trainer"]["callbacks"] = callbacks if isinstance(callbacks, list) else [callbacks]
+    if path.stem in ("gates", "blocks"):
+        whole["model"]["init_args"]["network"] = CONVNEXT
+    return whole
+
+
+def test_the_sweep_has_an_arm_for_every_method_that_suits_a_network() -> None:
+    sweep = read_sweep(SWEEPS[0])
+    facts = NetworkFacts((3, 16, 16), 64, 1000, 50, {"50": 0.5, "25": 0.25}, {"50": 480, "25": 240})
+    names = ([*sweep.networks], [*sweep.methods])
+    arms = plan_arms(sweep, dict.fromkeys(sweep.networks, facts), *names, sweep.budgets, sweep.seeds)
+    for name, network in sweep.networks.items():
+        mine = {arm.method.name for arm in arms if arm.network.name == name}
+        assert mine >= {"dense", "continued", "l1", "random", "weight_rewinding", "scratch", "narrowed"}
+        assert ("slimming" in mine) != ("gates" in mine)
+        built = build(network.spec())
+        assert built.eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 10)
+        norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in built.modules())
+        assert norms == ("slimming" in mine)
+    assert {recipe.stem for arm in arms if (recipe := arm.method.recipe)} | {"sparsity"} == {p.stem for p in PARTS}
+
+
+@pytest.mark.parametrize("path", [*RECIPES, *SWEEPS], ids=lambda p: p.stem)
 def test_header_says_what_paper_command_and_result(path: Path) -> None:
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     text = "\n".join(head)
@@ -142,7 +180,7 @@ def small_copy(recipe: dict[str, Any], folder: Path) -> Path:
 def test_recipe_trains_a_few_batches(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["lightning-prune"])
-    recipe = yaml.safe_load(path.read_text())
+    recipe = content_of(path)
     pruner = recipe["trainer"].get("callbacks", [{}])[0].get("init_args", {})
     if "masks_from" in pruner:
         network = torch.nn.ModuleDict({"network": LeNet300100()})
