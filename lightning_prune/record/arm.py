@@ -1,6 +1,5 @@
 """The record of one arm of a sweep: a network, a method, a budget and a seed, with what it kept, cost and reached."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,8 @@ BUDGETS_ON = ("macs", "params", "channels", "latency")
 EQUAL = ("cost", "steps")
 LONGEST_NAME = 100
 """Characters that the name of a network or a method may have."""
+MOST = 1e30
+"""No fraction, cost or time is larger: ratios and sums of them stay numbers."""
 
 
 @dataclass(frozen=True)
@@ -264,10 +265,10 @@ def _numbers(content: Any, name: str) -> dict[str, float]:
 
 
 def _number(value: Any, name: str) -> float:
-    """A finite number of at least 0."""
+    """A number from 0 to :data:`MOST`."""
     number = _float(value, name)
-    if not 0 <= number < math.inf:
-        raise ConfigError(f"{name}={number}: expected a finite number of at least 0.")
+    if not 0 <= number <= MOST:
+        raise ConfigError(f"{name}={number}: expected a number from 0 to {MOST:g}.")
     return number
 
 

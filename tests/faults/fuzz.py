@@ -45,9 +45,13 @@ from lightning_prune import (
 from lightning_prune.callbacks.plans import read_plans
 from lightning_prune.cli import main as command
 from lightning_prune.files import FORMAT_KEY, _checksum, _serialize, load_archive
-from lightning_prune.record import Round, RunRecord
+from lightning_prune.record import Arm, Round, RunRecord
 from lightning_prune.reports.page import page_of
 from lightning_prune.reports.runs import choose_metric, group_runs
+from lightning_prune.reports.sweep.page import sweep_page
+from lightning_prune.reports.sweep.result import analyse
+from lightning_prune.reports.sweep.tables import content, markdown
+from tests._helpers.sweeps import arm_of
 from tests.faults.cases import Images
 
 ROOT = Path(__file__).parents[2]
@@ -251,6 +255,19 @@ def _read_record(path: Path) -> None:
         page_of(group_runs([record], metric), metric)
 
 
+def _make_arm(path: Path) -> None:
+    around = {"before": {"val_acc": 0.9}, "after_cut": {"val_acc": 0.3}}
+    path.write_text(json.dumps(arm_of(ratio=0.6, commands=(("a", "b"),), **around).to_json()))
+
+
+def _read_arm(path: Path) -> None:
+    arm = Arm.read(path)
+    others = [arm_of("small", kind="scratch", ratio=0.7), arm_of("dense", kind="dense", budget=None, value=0.9)]
+    for metric in arm.metrics:
+        result = analyse([arm, *others], metric)
+        sweep_page(result), markdown(result), json.dumps(content(result), allow_nan=False)
+
+
 def _read_plan(path: Path) -> None:
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -302,6 +319,7 @@ TARGETS: dict[str, Target] = {
     ),
     "plan": Target(_save_plan, _read_plan, _json_of),
     "record": Target(lambda p: p.write_text(json.dumps(_record().state_dict())), _read_record, _json_of, 0.5),
+    "arm": Target(_make_arm, _read_arm, _json_of, 0.5),
     "checkpoint": Target(_make_checkpoint, _read_checkpoint, _archive_of, 0.5),
     "recipe": Target(
         lambda p: p.write_bytes((ROOT / "recipes" / "quickstart.yaml").read_bytes()), _read_recipe, _recipe_of, 0.05

@@ -25,6 +25,8 @@ ROLES: dict[str, str] = {
 WHOLE = ("dense", "continued", "rounds")
 """Kinds of arms that may run every operation of the dense network."""
 
+LARGEST = 1e100
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -169,6 +171,11 @@ def role_of(arm: Arm) -> str | None:
     return arm.kind if arm.kind in ROLES else f"{arm.kind}_{arm.equal}"
 
 
+def is_number(value: float) -> bool:
+    """Whether a metric can be averaged: finite, and not so large that a sum of some is not."""
+    return abs(value) < LARGEST
+
+
 def _identity(arm: Arm) -> tuple[object, ...]:
     return arm.network, arm.method, arm.kind, arm.equal, arm.of, arm.budget, arm.budget_on
 
@@ -182,13 +189,13 @@ def _order(arm: Arm) -> tuple[object, ...]:
 
 def _cell(arms: Sequence[Arm], metric: str, before: str | None, dense: Sequence[float]) -> Cell:
     first = arms[0]
-    reached = {arm.seed: arm.metrics[metric] for arm in arms if math.isfinite(arm.metrics.get(metric, math.nan))}
+    reached = {arm.seed: arm.metrics[metric] for arm in arms if is_number(arm.metrics.get(metric, math.nan))}
     measured = [arm.latency for arm in arms if arm.latency is not None]
     found: dict[str, list[float]] = {name: [arm.kept[name] for arm in arms] for name in KEPT}
     found |= {"metric": list(reached.values()), "latency": [latency.ratio for latency in measured]}
     for name in ("before", "after_cut"):
         values = [getattr(arm, name) or {} for arm in arms]
-        found[name] = [own[before] for own in values if before is not None and before in own]
+        found[name] = [own[before] for own in values if before in own and is_number(own[before])]
     found["seconds"] = [arm.cost.seconds for arm in arms]
     whole = float(np.mean(dense)) if dense else 0.0
     found["cost"] = [arm.cost.macs / whole for arm in arms] if whole else []

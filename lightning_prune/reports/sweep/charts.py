@@ -14,8 +14,9 @@ from lightning_prune.reports.sweep.scatter import Entry, Spot, scatter_chart
 NOTES: dict[str, str] = {
     "macs": "Masks leave every multiply-add in place: masked networks stand at the dense network's.",
     "nonzero_params": "Parameters that are not 0: masked networks stand at what their masks leave.",
-    "latency": "Masks save no time by themselves: masked networks stand at the dense network's latency.",
+    "latency": "Masks save no time by themselves: masked networks that were not timed stand at the dense latency.",
 }
+"""What to say of networks with masks."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,16 @@ def _chart(result: SweepResult, network: str, quantity: str, entries: dict[str, 
     lines = tuple(spot.line for spot in spots)
     y = axis_over(f"{direction_of(result.metric)}{result.unit}", lines)
     title = f"{network}: {result.metric} against {COSTS[quantity]}"
-    note = " ".join([NOTES[quantity], *_how(cells, quantity), *_left_out(missing)])
+    note = " ".join([*_masked(cells, quantity), *_how(cells, quantity), *_left_out(missing)])
     return Scatter(quantity, Figure(title, note, lines, Axis.around(label, xs, log), y, tag=""), tuple(spots))
 
 
 def _mark(x: float, own: Spread, scale: float) -> Mark:
     return Mark(x, own.mean * scale, own.low * scale, own.high * scale, own.count)
+
+
+def _masked(cells: Sequence[Cell], quantity: str) -> list[str]:
+    return [NOTES[quantity]] if any(cell.kind == "rounds" for cell in cells) else []
 
 
 def _how(cells: Sequence[Cell], quantity: str) -> list[str]:

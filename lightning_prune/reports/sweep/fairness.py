@@ -1,10 +1,9 @@
 """Whether the arms of a sweep compare: what each spent of its limit, what is missing, what was measured differently."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from lightning_prune.record import Arm
-from lightning_prune.reports.sweep.cells import Cell, place_of
+from lightning_prune.reports.sweep.cells import Cell, is_number, place_of
 
 TOLERANCE = 0.02
 """How far an arm's cost may be from its limit, as a part of it."""
@@ -47,11 +46,11 @@ def notes_of(arms: Sequence[Arm], cells: Sequence[Cell], metric: str) -> list[st
     ]
     notes += _limits(arms)
     notes += _without_limit(arms)
-    lost = [arm for arm in arms if metric in arm.metrics and not math.isfinite(arm.metrics[metric])]
+    lost = [arm for arm in arms if metric in arm.metrics and not is_number(arm.metrics[metric])]
     if lost:
         notes.append(
-            f"{metric} is no finite number in {_named(map(label_of_arm, lost))}: left out of means and differences, "
-            "which makes the method look better than it is."
+            f"{metric} is no number to average in {_named(map(label_of_arm, lost))}: left out of means and "
+            "differences, which makes the method look better than it is."
         )
     bare = [arm for arm in arms if metric not in arm.metrics]
     if bare:
