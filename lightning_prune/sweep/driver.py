@@ -13,7 +13,7 @@ from lightning_prune.sweep.facts import NetworkFacts
 from lightning_prune.sweep.planning import Arm, Stage
 from lightning_prune.sweep.processes import run_program
 from lightning_prune.sweep.results import WITHIN, line, result_of
-from lightning_prune.sweep.running import BusyError, Runner, held, is_done, run_stage, stopping
+from lightning_prune.sweep.running import COST_NAME, BusyError, Runner, held, is_done, run_stage, stopping
 
 _LOOK_AGAIN = 2.0  # seconds between two looks at whether another sweep has finished an arm
 
@@ -106,7 +106,7 @@ class Driver:
         """About how long the arms after this one take, at the speed of those before."""
         seen = {stage.folder for arm in self.arms[:number] for stage in arm.stages}
         later = {stage.folder: stage for arm in self.arms[number:] for stage in arm.stages if stage.folder not in seen}
-        macs = sum(stage.macs for stage in later.values() if not is_done(stage, self.output))
+        macs = sum(stage.macs for stage in later.values() if not (stage.folder / COST_NAME).exists())
         if not macs or not self._macs:
             return ""
         return f"; about {timedelta(seconds=round(macs * self._seconds / self._macs))} left"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_prune.compact_files import KIND, VERSION, load_compact
 from lightning_prune.costs import Costs, count_costs
-from lightning_prune.errors import ConfigError
+from lightning_prune.errors import ConfigError, FileFormatError
 from lightning_prune.files import read_json, read_tensors, write_json
 from lightning_prune.recipes import essence
 from lightning_prune.sweep.changes import read_recipe
@@ -106,20 +106,30 @@ def network_facts(sweep: Sweep, network: NetworkChoice, budgets: Sequence[float]
     said = {"recipe": read_recipe(sweep.recipe), "network": network.spec(), "input": sweep.input}
     changes = {key: value for key, value in network.changes.items() if key.startswith("data.")}
     key = hashlib.sha256(json.dumps([said, changes], sort_keys=True, default=str).encode()).hexdigest()
-    known = read_json(path, "facts of a network") if path.exists() else {}
-    if known.get("key") == key:
-        values = known["facts"]
-        facts = NetworkFacts(**values | {"shape": tuple(values["shape"])})
-    else:
+    facts = _known(path, key)
+    new = facts is None
+    if facts is None:
         options = [*(f"--{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in changes.items()), *data]
         facts = _find(sweep, network, options)
     missing = [budget for budget in budgets if percent(budget) not in facts.widths]
     for budget in missing:
         width, macs = narrowed_width(network, facts, budget)
         facts.widths[percent(budget)], facts.narrow_macs[percent(budget)] = width, macs
-    if missing or known.get("key") != key:
+    if missing or new:
         write_json(path, {"key": key, "facts": asdict(facts)})
     return facts
+
+
+def _known(path: Path, key: str) -> NetworkFacts | None:
+    """The facts on file, where they are of this key and whole."""
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path, "facts of a network")
+        values = content["facts"]
+        return NetworkFacts(**values | {"shape": tuple(values["shape"])}) if content["key"] == key else None
+    except (FileFormatError, KeyError, TypeError):
+        return None
 
 
 def _find(sweep: Sweep, network: NetworkChoice, options: Sequence[str]) -> NetworkFacts:

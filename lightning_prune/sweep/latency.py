@@ -31,6 +31,7 @@ def measure_arms(
 
     The compact and the dense network run by turns in this process. Arms whose networks have the same shapes, such as a
     cut network and its control from scratch, or several seeds of a narrowed one, are timed once and share the figures.
+    Each file is written when its figures are there, so the work can be stopped and gone on with.
 
     Args:
         sweep: The sweep, with how latency is measured.
@@ -41,28 +42,45 @@ def measure_arms(
     Returns:
         What could not be measured, by arm and reason.
     """
-    how = dict(sweep.latency)
-    options = {key: how[key] for key in ("batch_size", "seconds", "device")}
-    torch.set_num_threads(how["threads"])
-    timed: dict[tuple[str, object], ArmLatency] = {}
+    finished = [arm for arm in arms if arm.method.kind in SMALLER and (arm.folder / ARM_NAME).exists()]
+    results = {arm.folder: Result.read(arm.folder) for arm in finished}
+    missing = {folder for folder, result in results.items() if again or result.latency is None}
+    timed: dict[object, ArmLatency] = {}
     problems = []
-    for arm in arms:
-        if arm.method.kind not in SMALLER or not (arm.folder / ARM_NAME).exists():
-            continue
-        result = Result.read(arm.folder)
-        if result.latency is not None and not again:
+    for arm in sorted(finished, key=lambda arm: arm.folder in missing):  # first those whose figures others can share
+        latency = results[arm.folder].latency
+        if not missing or (latency is not None and not again and not _is_so(latency, sweep)):
             continue
         try:
             network = network_of(arm).eval()
             key = arm.network.name, shapes_of(network)
+            if latency is not None and not again:
+                timed.setdefault(key, latency)
+                continue
             if key not in timed:
-                dense = build(arm.network.spec()).eval()
-                found = compare_latency(dense, network, example(facts[arm.network.name].shape), **options)
-                device = str(found.first.environment.get("device", how["device"]))
-                timed[key] = ArmLatency(found.ratio, found.low, found.high, how["batch_size"], how["threads"], device)
-                print(f"{arm.label}: {found}", flush=True)
+                timed[key] = _measured(arm, network, sweep, facts[arm.network.name])
         except PruneError as error:
             problems.append(f"{arm.label}: {error}")
             continue
-        replace(result, latency=timed[key]).write(arm.folder)
+        replace(results[arm.folder], latency=timed[key]).write(arm.folder)
     return problems
+
+
+def _is_so(latency: ArmLatency, sweep: Sweep) -> bool:
+    """Whether figures were taken as the sweep file says now."""
+    return (latency.batch_size, latency.threads) == (sweep.latency["batch_size"], sweep.latency["threads"])
+
+
+def _measured(arm: Arm, network: nn.Module, sweep: Sweep, facts: NetworkFacts) -> ArmLatency:
+    how = sweep.latency
+    options = {key: how[key] for key in ("batch_size", "seconds", "device")}
+    dense = build(arm.network.spec()).eval()
+    before = torch.get_num_threads()
+    torch.set_num_threads(how["threads"])
+    try:
+        found = compare_latency(dense, network, example(facts.shape), **options)
+    finally:
+        torch.set_num_threads(before)
+    print(f"{arm.label}: {found}", flush=True)
+    device = str(found.first.environment.get("device", how["device"]))
+    return ArmLatency(found.ratio, found.low, found.high, how["batch_size"], how["threads"], device)

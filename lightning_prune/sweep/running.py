@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,7 +63,10 @@ def _lock(folder: Path) -> IO[str]:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Let a request to end (SIGTERM) end the fit that is under way, too."""
+    """Let a request to end (SIGTERM) end the fit that is under way, too; only a main thread can hear it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def stop(number: int, frame: Any) -> None:
         sys.exit(128 + number)
@@ -179,7 +183,8 @@ def run_stage(stage: Stage, output: Path, runner: Runner) -> float:
             raise ConfigError(f"{stage.folder} needs {path}, which is not there: run the arm that writes it as well.")
     _lock(stage.folder).close()
     path = stage.folder / STAGE_NAME
-    checkpoints = sorted((stage.folder / "checkpoints").glob("*.ckpt"), key=lambda found: found.stat().st_mtime)
+    # not the one written at the end: a fit that goes on from there has nothing left to do, and no cost to tell
+    checkpoints = sorted((stage.folder / "checkpoints").glob("resume*.ckpt"), key=lambda found: found.stat().st_mtime)
     words, spent = list(stage.command), 0.0
     if path.exists():
         spent = float(_check_same(stage, output)["seconds"])
@@ -187,6 +192,7 @@ def run_stage(stage: Stage, output: Path, runner: Runner) -> float:
         raise ConfigError(f"{stage.folder} holds files of a run that is not this sweep's: delete it, or give another.")
     if checkpoints:
         words.append(f"--ckpt_path={checkpoints[-1]}")
+        _forget_later(checkpoints[-1])
     else:
         shutil.rmtree(stage.folder)
     content = {"format": FORMAT, "version": VERSION, "command": list(stage.command)}
@@ -208,6 +214,14 @@ def run_stage(stage: Stage, output: Path, runner: Runner) -> float:
         leftover.unlink()
     write_json(path, content | {"done": True, "seconds": spent})
     return spent
+
+
+def _forget_later(checkpoint: Path) -> None:
+    """Delete the checkpoints that a killed fit has written after this one: beside them, new ones get other names."""
+    begin = checkpoint.stat().st_mtime
+    for path in checkpoint.parent.glob("*.ckpt"):
+        if path.stat().st_mtime > begin:
+            path.unlink()
 
 
 def _tail(log: Path, begin: int) -> str:

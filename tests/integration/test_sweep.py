@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import pytest
 import torch
 import yaml
 
-from lightning_prune import TrainingCost
+from lightning_prune import TrainingCost, compare_latency
 from lightning_prune.cli import main
 from lightning_prune.commands.sweep import main as sweep_main
 from lightning_prune.record import Arm as Result
 from lightning_prune.sweep.driver import Driver
 from lightning_prune.sweep.facts import network_facts
+from lightning_prune.sweep.latency import measure_arms
 from lightning_prune.sweep.planning import Arm, plan_arms
 from lightning_prune.sweep.processes import run_program
 from lightning_prune.sweep.schema import Sweep, read_sweep
@@ -197,8 +199,13 @@ def test_finished_arms_are_skipped_and_others_never_mixed_in(
     assert "recipes.0.data.init_args.drop_last is True there, and False" in driver.failures["small seed 1 dense"]
 
 
+@pytest.mark.parametrize(
+    ("method", "arm"),
+    [("dense", "dense"), pytest.param("imp", "imp-40", marks=pytest.mark.slow),
+     pytest.param("hrank", "hrank-40", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_killed_arm_goes_on_and_ends_as_the_others(
-    done: tuple[Path, Driver, Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: tuple[Path, Driver, Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, arm: str
 ) -> None:
     step = TrainingCost.on_train_batch_end
 
@@ -210,17 +217,19 @@ def test_a_killed_arm_goes_on_and_ends_as_the_others(
     sweep = sweep_in(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(TrainingCost, "on_train_batch_end", killed)
-        driver, _ = driven(sweep, ["dense"])
-    assert "exit status 1" in driver.failures["small seed 1 dense"]
-    driver, here = driven(sweep, ["dense"])
+        driver, _ = driven(sweep, [method])
+    assert "exit status 1" in driver.failures[f"small seed 1 {arm}"]
+    driver, here = driven(sweep, [method])
     assert driver.failures == {}
     (words,) = here.ran
     assert "resume" in words[-1]
-    folder = sweep.output / "small" / "seed1" / "dense"
-    ours, theirs = (checkpoint(path) for path in (folder, done[0] / "out" / "small" / "seed1" / "dense"))
-    assert ours["global_step"] == theirs["global_step"] == STEPS
+    folder, whole = sweep.output / "small" / "seed1" / arm, done[0] / "out" / "small" / "seed1" / arm
+    ours, theirs = checkpoint(folder), checkpoint(whole)
+    assert ours["global_step"] == theirs["global_step"] > 37
     assert all(torch.equal(value, ours["state_dict"][name]) for name, value in theirs["state_dict"].items())
-    assert Result.read(folder).cost.macs == Result.read(done[0] / "out" / "small" / "seed1" / "dense").cost.macs
+    assert Result.read(folder).cost.macs == Result.read(whole).cost.macs
+    assert Result.read(folder).metrics == Result.read(whole).metrics
+    assert sorted(path.name for path in folder.glob("checkpoints/[lr]*")) == ["last.ckpt"]
 
 
 def test_a_command_of_the_list_run_by_itself_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -255,26 +264,57 @@ def test_failures_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "needs" in driver.failures["small seed 1 scratch-40"]
 
 
+def test_latency_is_measured_once_for_each_shape(
+    done: tuple[Path, Driver, Here], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, driver, _ = done
+    sweep = sweep_in(folder, latency={"batch_size": 4, "seconds": 0.02})
+    measured = []
+
+    def compare(dense: torch.nn.Module, network: torch.nn.Module, inputs: torch.Tensor, **options: Any) -> Any:
+        measured.append((macs_by_hand(dense.state_dict()), macs_by_hand(network.state_dict()), options["batch_size"]))
+        return compare_latency(dense, network, inputs, **options)
+
+    monkeypatch.setattr("lightning_prune.sweep.latency.compare_latency", compare)
+    home = folder / "out" / "small" / "seed1"
+    dense, *small = (macs_by_hand(checkpoint(home / f)["state_dict"]) for f in ("dense", "hrank-40", "narrowed-40"))
+    assert measure_arms(sweep, driver.arms, driver.facts) == []
+    assert measured == [(dense, small[0], 4), (dense, small[1], 4)]
+    cut, scratch, masked = (Result.read(home / f"{name}-40").latency for name in ("hrank", "scratch", "imp"))
+    assert cut is not None
+    assert cut == scratch
+    assert (cut.batch_size, cut.threads, masked) == (4, 1, None)
+    replace(Result.read(home / "scratch-40"), latency=None).write(home / "scratch-40")
+    assert measure_arms(sweep, driver.arms, driver.facts) == []
+    assert len(measured) == 2
+    assert Result.read(home / "scratch-40").latency == cut
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_sweeps_and_a_killed_one_run_every_arm_once(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, steps=200)
     command = [sys.executable, "-m", "lightning_prune", "sweep", "--config", str(tmp_path / "sweep.yaml")]
+    command += ["--methods", "dense,hrank,scratch"]
     home = sweep.output / "small" / "seed1"
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while not list((home / "dense" / "checkpoints").glob("resume*.ckpt")):
         assert first.poll() is None
         time.sleep(0.05)
-    os.kill(first.pid, signal.SIGKILL)
+    os.kill(first.pid, signal.SIGKILL)  # its fit lives on: what comes next waits for it
     first.wait()
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in both:
-        process.communicate()
-        assert process.returncode == 0
-    assert len(list(home.glob("*/arm.json"))) == 6
-    for folder in home.glob("*/stage.json"):
-        words = (home / "logs" / f"{folder.parent.name}.log").read_text()
-        assert words.count("$ lightning-prune fit") == (2 if folder.parent.name == "dense" else 1), folder
-        assert json.loads(folder.read_text())["done"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        assert [process.wait() for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.terminate()
+    assert sorted(path.parent.name for path in home.glob("*/arm.json")) == ["dense", "hrank-40", "scratch-40"]
+    for path in home.glob("*/stage.json"):
+        text = (home / "logs" / f"{path.parent.name}.log").read_text()
+        assert text.count("$ lightning-prune fit") == (2 if path.parent.name == "dense" else 1), path
+        assert json.loads(path.read_text())["done"]
+        assert sorted(found.name for found in path.parent.glob("checkpoints/last*")) == ["last.ckpt"]
     log = tmp_path / "log"
     assert run_program(["lightning-prune", "fit", "--config", "none.yaml"], log) != 0
     assert "none.yaml" in log.read_text()
