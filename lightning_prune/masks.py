@@ -59,7 +59,7 @@ class MaskSet(Mapping[str, Tensor]):
                 )
             if canonical_name(name) in self._masks:
                 raise SelectionError(f"there are two masks for {canonical_name(name)!r}; give each parameter one.")
-            self._masks[canonical_name(name)] = mask.detach()
+            self._masks[canonical_name(name)] = mask  # booleans have no gradient
         self._fills: dict[str, Tensor] = {}
         for name, fill in (fills or {}).items():
             name = canonical_name(name)

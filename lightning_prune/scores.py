@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_prune.errors import ConfigError, SelectionError
 from lightning_prune.prunable import canonical_name, close_names
+from lightning_prune.sharding import local
 
 _Inputs = dict[str, Tensor]
 
@@ -174,6 +175,15 @@ class MagnitudeScores(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._parameters[name].detach().abs()
+
+    def like(self, name: str) -> Tensor:
+        """A tensor of the shape, type and layout of a tensor's scores, which need not be computed for that."""
+        parameter = self._parameters[name]
+        return self[name] if parameter.is_complex() else parameter
+
+    def part(self, name: str) -> Tensor:
+        """This process's part of the scores; of a plain tensor all of them."""
+        return local(self._parameters[name]).detach().abs()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

@@ -1,7 +1,7 @@
 """From scores and a number to masks: exactly the asked count, whatever the ties."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_prune.counting import RULES, Competition
 from lightning_prune.errors import ConfigError, MaskMismatchError, SelectionError
 from lightning_prune.masks import MaskSet
+from lightning_prune.named_scores import NamedScores
 from lightning_prune.patterns import keep_pattern, parse_pattern
 from lightning_prune.prunable import canonical_name, close_names, matching
 from lightning_prune.ranking import Pool, common_dtype
@@ -87,8 +88,8 @@ def select(
     if pattern is not None:
         return _select_pattern(scores, pattern, within, density, fraction, remove, rates)
     asked = _asked(density, fraction, remove, scope, counting)
-    scores = _CanonicalNames(scores)
-    shapes, dtypes, layout = _inspect(scores)
+    named = NamedScores(scores)
+    shapes, dtypes, layout = _inspect(named)
     earlier, remaining = _earlier(within, shapes, layout)
     groups = _groups(asked, scope, list(shapes), rates or {})
     if counting != "exact":
@@ -96,7 +97,7 @@ def select(
     ignored = sum(remaining[name] for group in groups if group.protected for name in group.names)
     masks: dict[str, Tensor] = {}
     for group in groups:
-        pool = _pool(scores, group, earlier, dtypes, layout)
+        pool = _pool(named, group, earlier, dtypes, layout)
         field = Competition(
             ordered=pool.ordered,
             remaining=sum(remaining[name] for name in group.names),
@@ -113,11 +114,11 @@ def _select_pattern(
     if any(count is not None for count in counts):
         n, m = pattern
         raise ConfigError(f"granularity='{n}:{m}' says how many stay; leave out density=, fraction=, remove=, rates=.")
-    scores = _CanonicalNames(scores)
-    shapes, _, layout = _inspect(scores)
+    named = NamedScores(scores)
+    shapes, _, layout = _inspect(named)
     if layout is not None:
         raise ConfigError(f"granularity='{pattern[0]}:{pattern[1]}' is not there for scores sharded between processes.")
-    return MaskSet(keep_pattern(scores, _earlier(within, shapes, None)[0], *pattern))
+    return MaskSet(keep_pattern(named, _earlier(within, shapes, None)[0], *pattern))
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class _Group:
 
 
 def _pool(
-    scores: Mapping[str, Tensor],
+    scores: NamedScores,
     group: _Group,
     earlier: Mapping[str, Tensor],
     dtypes: Mapping[str, torch.dtype],
@@ -140,7 +141,7 @@ def _pool(
     dtype = common_dtype({name: dtypes[name] for name in group.names})
     if layout is None:
         return Pool(scores, group.names, earlier, dtype)
-    return ShardedPool(scores, group.names, earlier, dtype, layout)
+    return ShardedPool(scores.parts(), group.names, earlier, dtype, layout)
 
 
 def _count(group: _Group, field: Competition, counting: str) -> int:
@@ -232,37 +233,13 @@ def _check_rule(counting: str, groups: list[_Group]) -> None:
             )
 
 
-class _CanonicalNames(Mapping[str, Tensor]):
-    """Scores under canonical names; nothing is read before it is asked for."""
-
-    def __init__(self, scores: Mapping[str, Tensor]) -> None:
-        if not isinstance(scores, Mapping) or not scores:
-            raise SelectionError(f"scores must be a mapping from names to tensors, with at least one; got {scores!r}.")
-        self._scores = scores
-        self._original: dict[str, str] = {}
-        for name in scores:
-            if not isinstance(name, str) or canonical_name(name) in self._original:
-                raise SelectionError(
-                    f"scores are named by strings, each parameter once; got {name!r} twice or no string."
-                )
-            self._original[canonical_name(name)] = name
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._scores[self._original[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._original)
-
-    def __len__(self) -> int:
-        return len(self._original)
-
-
 def _inspect(
-    scores: Mapping[str, Tensor],
+    scores: NamedScores,
 ) -> tuple[dict[str, torch.Size], dict[str, torch.dtype], Layout | None]:
     """Shapes and types, and where scores are sharded how."""
     shapes, dtypes, parts = {}, {}, {}
-    for name, score in scores.items():
+    for name in scores:
+        score = scores.like(name)
         if not isinstance(score, Tensor):
             raise SelectionError(f"the scores of {name!r} must be a tensor, got {type(score).__name__}.")
         shapes[name], dtypes[name], parts[name] = score.shape, score.dtype, Part.of(score)

@@ -28,11 +28,12 @@ class ShardedPool(Pool):
     """Scores that compete with each other, of which each process holds a part. Every method is a collective.
 
     Args:
-        scores: Scores by name, sharded or (the same on all processes) plain.
+        scores: This process's parts of the scores, by name; of plain tensors, which are the same on all processes, the
+            whole.
         names: The tensors that take part; their order is the order of ties.
         within: Entries that take part, by name, in the layout of the scores.
         dtype: The type in which scores are compared.
-        layout: Of ``scores``.
+        layout: Of the scores.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class ShardedPool(Pool):
         dtype: torch.dtype,
         layout: Layout,
     ) -> None:
-        super().__init__(_Parts(scores), names, {name: local(mask) for name, mask in within.items()}, dtype)
+        super().__init__(scores, names, {name: local(mask) for name, mask in within.items()}, dtype)
         self._layout = layout
         self._owned = [name for name in names if name in layout.owned]
 
@@ -77,13 +78,13 @@ class ShardedPool(Pool):
 
     def _count_highest(self) -> Tensor:
         counts = torch.zeros(BUCKETS, dtype=torch.int64)
-        nan = torch.zeros(len(self._names), dtype=torch.int64)
+        nan = dict.fromkeys(self._names, 0)
         for name in self._owned:
             own = self._count_of(name)
-            nan[self._names.index(name)] = self._count_nan(name, own)
+            nan[name] = self._count_nan(name, own)
             counts += own
-        total, nan = add_up(torch.cat([counts, nan])).split([BUCKETS, len(nan)])
-        for name, number in zip(self._names, nan.tolist(), strict=True):
+        total, everyones = add_up(torch.cat([counts, torch.tensor(list(nan.values()))])).split([BUCKETS, len(nan)])
+        for name, number in zip(self._names, everyones.tolist(), strict=True):
             if number:
                 raise nan_error(name, number, self._layout.parts[name].shape.numel())
         return self._count_highest() if self._must_count_anew(total) else total
@@ -104,9 +105,13 @@ class ShardedPool(Pool):
     # ---------------------------------------------------------------------- ties
 
     def _keep_first(
-        self, masks: Mapping[str, Tensor], found: Sequence[Inside] | None, bound: float | int, keep: int
+        self, masks: Mapping[str, Tensor], inside: Sequence[Inside] | None, bound: float | int, keep: int
     ) -> None:
         """Also keep the first ``keep`` scores that are exactly ``bound``, by order of names and flat index."""
+        found: dict[str, list[Inside]] | None = None if inside is None else {name: [] for name in self._names}
+        for part in inside or ():
+            assert found is not None
+            found[part.name].append(part)
         own = [
             sum(len(index) for _, index, _ in self._equal(name, masks, found, bound)) if name in self._owned else 0
             for name in self._names
@@ -115,25 +120,26 @@ class ShardedPool(Pool):
             if keep == 0:
                 return
             last = None if equal <= keep else self._nth_place(name, masks, found, bound, keep)
-            for mask, index, places in self._equal(name, masks, found, bound):
-                mask[index if last is None else index[places <= last]] = True
+            for mask, index, positions in self._equal(name, masks, found, bound):
+                if last is not None:
+                    index = index[self._places(name, masks[name], positions) <= last]
+                mask[index] = True
             keep -= min(keep, equal)
 
     def _equal(
-        self, name: str, masks: Mapping[str, Tensor], found: Sequence[Inside] | None, bound: float | int
+        self, name: str, masks: Mapping[str, Tensor], found: Mapping[str, list[Inside]] | None, bound: float | int
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Where scores of a tensor are ``bound``: pieces of its mask, positions there and in the whole tensor."""
+        """Where scores of a tensor are ``bound``: pieces of its mask, positions there and in this process's part."""
         if found is not None:
-            for part in found:
-                if part.name == name:
-                    index = part.index[(part.values == bound).to(part.index.device)]
-                    yield part.mask, index, self._places(name, masks[name], part.start + index)
+            for part in found[name]:
+                index = part.index[(part.values == bound).to(part.index.device)]
+                yield part.mask, index, part.start + index
             return
         start = 0
         for (values, kept), mask in zip(self._pieces(*self._read(name)), flat_pieces(masks[name]), strict=True):
             equal = values == bound
             index = (equal if kept is None else equal.logical_and_(kept)).nonzero().squeeze(1)
-            yield mask, index, self._places(name, masks[name], start + index)
+            yield mask, index, start + index
             start += len(mask)
 
     def _places(self, name: str, part: Tensor, positions: Tensor) -> Tensor:
@@ -150,14 +156,20 @@ class ShardedPool(Pool):
         return places
 
     def _nth_place(
-        self, name: str, masks: Mapping[str, Tensor], found: Sequence[Inside] | None, bound: float | int, n: int
+        self,
+        name: str,
+        masks: Mapping[str, Tensor],
+        found: Mapping[str, list[Inside]] | None,
+        bound: float | int,
+        n: int,
     ) -> int:
         """The ``n``-th smallest flat index, counted from 1, of scores of a tensor that are ``bound``."""
         prefix = 0
         for shift in reversed(range(0, max(1, self._layout.parts[name].shape.numel().bit_length()), 16)):
             counts = torch.zeros(BUCKETS, dtype=torch.int64)
             if name in self._owned:
-                for _, _, places in self._equal(name, masks, found, bound):
+                for _, _, positions in self._equal(name, masks, found, bound):
+                    places = self._places(name, masks[name], positions)
                     inside = places[(places >> (shift + 16)) == prefix]
                     counts += torch.bincount((inside >> shift) & (BUCKETS - 1), minlength=BUCKETS).cpu()
             reached = add_up(counts).cumsum(0)
@@ -165,19 +177,3 @@ class ShardedPool(Pool):
             n -= int(reached[bucket - 1]) if bucket else 0
             prefix = prefix * BUCKETS + bucket
         return prefix
-
-
-class _Parts(Mapping[str, Tensor]):
-    """This process's parts of scores, read when asked for."""
-
-    def __init__(self, scores: Mapping[str, Tensor]) -> None:
-        self._scores = scores
-
-    def __getitem__(self, name: str) -> Tensor:
-        return local(self._scores[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._scores)
-
-    def __len__(self) -> int:
-        return len(self._scores)

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ def any_sharded(tensors: Iterable[Any]) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory and without gradient; a plain tensor as it is."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # else a DTensor goes through autograd to give its part
+        return tensor.to_local().detach()  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,23 @@ def box_of(tensor: Tensor) -> Box:
     """
     if not is_sharded(tensor):
         return Box((0,) * tensor.dim(), tuple(tensor.shape))
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     here = tuple(local(tensor).shape)
     placements: Any = tensor.placements  # type: ignore[attr-defined]
-    if tensor.device_mesh.get_coordinate() is None:  # type: ignore[attr-defined]  # this process has no part
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    if mesh.get_coordinate() is None:  # this process has no part
         return Box((0,) * tensor.dim(), (0,) * tensor.dim())
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)  # type: ignore[attr-defined]
-    if any(placement.is_partial() for placement in placements) or tuple(shape) != here:
+    shape, offset = _shape_and_offset(tensor.shape, mesh, placements)
+    if any(placement.is_partial() for placement in placements) or shape != here:
         raise SelectionError(f"a tensor lies in {placements}, of which no process holds a box; redistribute it first.")
-    return Box(tuple(offset), here)
+    return Box(offset, here)
+
+
+@lru_cache(maxsize=256)  # tensors of one shape are many, and each is asked for more than once a cut
+def _shape_and_offset(shape: torch.Size, mesh: Any, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    own, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(own), tuple(offset)
 
 
 @dataclass(frozen=True)

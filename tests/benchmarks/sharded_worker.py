@@ -22,6 +22,7 @@ from tests.benchmarks.test_masked_step import Switch
 from tests.distributed.fits import strategy
 
 TENSORS = 100
+ROUNDS = 21
 
 
 class Traffic:
@@ -62,7 +63,7 @@ def selection(side: int) -> dict[str, Any]:
     parts = weights(side, rank * rows, (rank + 1) * rows)
     sharded = {name: DTensor.from_local(part, mesh, [Shard(0)], run_check=False) for name, part in parts.items()}
     taken: dict[str, list[float]] = {"alone": [], "together": [], "cpu alone": [], "cpu together": []}
-    for _ in range(6):
+    for _ in range(ROUNDS):
         for how, tensors in (("alone", parts), ("together", sharded)):
             torch.distributed.barrier()
             traffic.bytes = 0

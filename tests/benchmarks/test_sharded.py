@@ -13,7 +13,7 @@ import torch
 
 from lightning_prune.scores import MagnitudeScores
 from lightning_prune.selection import select
-from tests.benchmarks.sharded_worker import weights
+from tests.benchmarks.sharded_worker import ROUNDS, weights
 from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore")]
@@ -46,7 +46,7 @@ def test_selection_of_100_million_sharded_weights(tmp_path: Path) -> None:
         ratio = 0.0
         for clock, what in (("cpu ", "CPU time"), ("", "time")):
             # Each repeat by itself: the slowest process alone, and together
-            alone, together = ([max(p[clock + how][i] for p in found) for i in range(1, 6)] for how in HOW)
+            alone, together = ([max(p[clock + how][i] for p in found) for i in range(1, ROUNDS)] for how in HOW)
             ratios = sorted(second / first for first, second in zip(alone, together, strict=True))
             ratio = statistics.median(ratios)
             print(

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"errors", "times", "files", "environment", "progress"}
     | {"prunable", "running", "wrappers", "counting", "ranking", "patterns"}
     | {"sharding", "sharded_ranking"},
-    {"masks", "scores", "actions", "selection", "settling", "record", "costs"},
+    {"masks", "scores", "named_scores", "actions", "selection", "settling", "record", "costs"},
     {"channels", "learned"},
     {"acceleration", "compressed", "compiled_rows", "connectivity", "checkpoint", "compact_files", "export"},
     {"resume"},  # Lightning is known from here up
