@@ -36,6 +36,7 @@ from lightning_prune import (
     TicketWriter,
     WeightRewind,
 )
+from tests._helpers.channels import Chain
 from tests._helpers.models import ToyModule, toy_data, toy_network
 
 EPOCHS = 3
@@ -148,6 +149,8 @@ class Case:
 
     callbacks: Callbacks
     images: bool = False
+    network: Callable[[], nn.Module] | None = None
+    """Instead of the ones for images and for rows."""
     configure: Callable[[nn.Module, int], Any] = one_cycle
     steps: int = 6 * EPOCHS
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -232,6 +235,22 @@ CASES: dict[str, Case] = {
         images=True,
     ),
 }  # fmt: skip
+CASES["blocks, taylor"] = Case(
+    lambda: [
+        ChannelPruner(
+            "taylor",
+            [Budget(channels=x) for x in (0.67, 0.34)],
+            at=["50%", "100%"],
+            taylor_steps=4,
+            granularity="block",
+            verbose=False,
+        ),
+        WeightRewind("1ep"),
+        LRRewind("1ep"),
+        TicketWriter(),
+    ],
+    network=Chain,
+)
 CASES["learned supermask"] = Case(lambda: [LearnedSupermask("edge_popup", 0.5)], configure=adam)
 CASES["learned supermask, stochastic"] = Case(lambda: [LearnedSupermask("stochastic", None)], configure=adam)
 SYNCHRONISED = "lottery, synchronised validation"
@@ -253,6 +272,7 @@ TOGETHER = (
     "slimming, gates",
     "hrank, layer by layer",
     "channels, taylor",
+    "blocks, taylor",
 )
 """Cases that are run on two processes too."""
 
@@ -284,6 +304,7 @@ def fit(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = Images() if case.images else toy_network(seed=seed, dropout=0.2)
+        net = net if case.network is None else case.network()
     module = module or case.module(net, lambda part: case.configure(part, case.steps))
     files = folder / RUN / "checkpoints"
     savers = [
