@@ -35,6 +35,7 @@ from lightning_prune.experiments.networks import (
     vit_cifar,
 )
 from lightning_prune.experiments.schedules import Cosine, Drops, OneCycle, Schedule
+from lightning_prune.experiments.together import Copies, TogetherClassifier, join_tickets, split_ticket
 
 __all__ = [
     "CIFAR10",
@@ -46,6 +47,7 @@ __all__ = [
     "Conv2",
     "Conv4",
     "Conv6",
+    "Copies",
     "Cosine",
     "DenseNet40",
     "Digits",
@@ -63,11 +65,14 @@ __all__ = [
     "SmallConvNet",
     "TensorDataModule",
     "TensorLoader",
+    "TogetherClassifier",
     "convnext_cifar",
     "efficientnet_cifar",
+    "join_tickets",
     "mobilenet_v2_cifar",
     "shaped_like",
     "shufflenet_v2_cifar",
+    "split_ticket",
     "torchvision_model",
     "trained",
     "vit_cifar",
