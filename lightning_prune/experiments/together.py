@@ -81,7 +81,7 @@ class Copies(nn.Module):
         own = not isinstance(images, Tensor)
         if own and len(images) != len(self.copies):
             raise ConfigError(f"{len(images)} batches for {len(self.copies)} copies: expected one for all or one each.")
-        inputs = torch.stack(tuple(images)) if own else images
+        inputs = images if isinstance(images, Tensor) else torch.stack(tuple(images))
         try:
             return torch.vmap(one, in_dims=(0, 0 if own else None))(self.stacked(), inputs)
         except RuntimeError as error:

@@ -1,4 +1,7 @@
-"""Five copies of a network in one fit beside one network in a fit of its own: seconds a step, in one run by turns."""
+"""Five copies of a network in one fit beside one network in a fit of its own: seconds a step, in one run by turns.
+
+The environment variable ``THREADS`` sets torch's threads.
+"""
 
 import os
 import statistics
@@ -64,7 +67,7 @@ def seconds(folder: Path, module: pl.LightningModule, size: int, batch: int, ste
 def test_five_copies_beside_one(
     tmp_path: Path, build: Callable[[], nn.Module], size: int, batch: int, steps: int
 ) -> None:
-    steps = int(os.environ.get("STEPS", steps))
+    torch.set_num_threads(int(os.environ.get("THREADS", torch.get_num_threads())))
     alone, together = [], []
     for _ in range(3):
         alone.append(seconds(tmp_path, ImageClassifier(build()), size, batch, steps))
