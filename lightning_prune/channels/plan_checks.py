@@ -37,8 +37,8 @@ def check_content(plan: "RemovalPlan") -> None:
             if kind not in ("identity", "zero") or not _is_count(arity) or arity > _MOST or not isinstance(name, str):
                 raise ValueError(f"{kind!r:.80} with {arity!r:.80} outputs is to stand for {name!r:.80}")
         texts = (entry["block"], entry["module"])
-        if not all(isinstance(text, str) for text in texts) or not isinstance(entry["adds"], list):
-            raise ValueError(f"the block that leaves is {texts!r:.160}")
+        if not all(isinstance(text, str) for text in texts) or not all(map(_is_addition, entry["adds"])):
+            raise ValueError(f"the block that leaves is {texts!r:.160}, ended by {entry['adds']!r:.80}")
     lists = (plan.groups, plan.statistics, plan.unseen, plan.without_effect)
     if not all(isinstance(part, list) for part in lists) or not all(isinstance(g, dict) for g in plan.groups):
         raise ValueError("its lists are not lists")
@@ -69,6 +69,11 @@ def check_attributes(plan: "RemovalPlan", model: nn.Module) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_addition(value: Any) -> bool:
+    """Its number in a call of the module, and which of its two operands is the branch."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_count, value)) and value[1] <= 1
 
 
 def _is_size(value: Any) -> bool:

@@ -119,6 +119,10 @@ def plan(**parts: Any) -> str:
             FileFormatError,
         ),
         ({"left": [{"block": "b", "module": "conv1", "adds": [], "parts": {"x": ["zero", 0]}}]}, MaskMismatchError),
+        *(
+            ({"left": [{"block": "b", "module": "conv1", "adds": adds, "parts": {}}]}, FileFormatError)
+            for adds in ([["x", 0]], [[0, 2]], [[0]], [7], 7)
+        ),
         ({"shapes": {"conv1.weight": [2**70]}}, FileFormatError),
     ],
     ids=lambda value: f"{value!r:.50}" if isinstance(value, dict) else "",
