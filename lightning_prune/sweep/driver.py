@@ -49,7 +49,8 @@ class Driver:
             while left:
                 busy = []
                 for number, arm in left:
-                    if not self._visit(number, arm):
+                    elsewhere = [other.folder for _, other in busy]
+                    if _waits_for(arm, elsewhere) or not self._visit(number, arm):
                         busy.append((number, arm))
                     if self.failures and not self.keep_going:
                         return
@@ -110,3 +111,9 @@ class Driver:
         if not macs or not self._macs:
             return ""
         return f"; about {timedelta(seconds=round(macs * self._seconds / self._macs))} left"
+
+
+def _waits_for(arm: Arm, folders: Sequence[Path]) -> bool:
+    """Whether an arm needs a file that is still to come from an arm in one of these folders."""
+    missing = [path for stage in arm.stages for path in stage.needs if not path.exists()]
+    return any(path.is_relative_to(folder) for path in missing for folder in folders)

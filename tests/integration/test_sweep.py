@@ -292,6 +292,24 @@ def test_latency_is_measured_once_for_each_shape(
     assert Result.read(home / "scratch-40").latency == cut
 
 
+def test_an_arm_waits_for_one_that_another_sweep_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms, facts = planned(sweep_in(tmp_path), ["hrank", "scratch"])
+    visited = []
+
+    def visit(self: Driver, number: int, arm: Arm) -> bool:
+        visited.append(arm.method.name)
+        if visited == ["hrank"]:
+            return False  # another sweep is at it
+        (arm.folder / "compact.safetensors").parent.mkdir(parents=True)
+        (arm.folder / "compact.safetensors").touch()
+        return True
+
+    monkeypatch.setattr(Driver, "_visit", visit)
+    monkeypatch.setattr("lightning_prune.sweep.driver._LOOK_AGAIN", 0.0)
+    Driver(arms, tmp_path, facts).run()
+    assert visited == ["hrank", "hrank", "scratch"]
+
+
 def test_the_exit_status_tells_failures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
