@@ -2,9 +2,9 @@
 
 from lightning_prune.learned.frozen import INITS, frozen_weight
 from lightning_prune.learned.masks import METHODS, MaskLearner, MaskSettings
-from lightning_prune.learned.popup import popup_weight
+from lightning_prune.learned.popup import Passing, popup_weight
 from lightning_prune.learned.stochastic import Levels, sampled_weight, shift_logits_
-from lightning_prune.learned.threshold import Threshold
+from lightning_prune.learned.top import TopMask
 
 __all__ = [
     "INITS",
@@ -12,7 +12,8 @@ __all__ = [
     "Levels",
     "MaskLearner",
     "MaskSettings",
-    "Threshold",
+    "Passing",
+    "TopMask",
     "frozen_weight",
     "popup_weight",
     "sampled_weight",

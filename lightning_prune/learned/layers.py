@@ -62,7 +62,7 @@ def final_weight(layer: nn.Module, key: str) -> Tensor:
     assert frozen is not None
     assert scores is not None
     with torch.no_grad():
-        return compute(frozen, scores, False).detach()
+        return compute(frozen, scores, False).detach().clone()
 
 
 def put_in(layer: nn.Module, key: str, scores: nn.Parameter, compute: Compute) -> None:

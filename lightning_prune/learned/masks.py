@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from lightning_prune.errors import ConfigError, MaskMismatchError
+from lightning_prune.errors import ConfigError, MaskMismatchError, SelectionError
 from lightning_prune.learned.counts import check_density, count_kept
 from lightning_prune.learned.frozen import INITS, frozen_weight, popup_scores
 from lightning_prune.learned.layers import put_in, take_out
-from lightning_prune.learned.popup import popup_weight
+from lightning_prune.learned.popup import Passing, pass_top
 from lightning_prune.learned.stochastic import Levels, check_stochastic_density, sampled_weight, shift_logits_
-from lightning_prune.learned.threshold import Threshold
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name, close_names, matching, prunable_parameters
 from lightning_prune.selection import select
@@ -73,8 +72,8 @@ class MaskSettings:
             )
         if isinstance(self.start, bool) or not isinstance(self.start, float) or not 0 < self.start < 1:
             raise ConfigError(f"start={self.start!r}: expected the first probability of a weight to pass, in (0, 1).")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed={self.seed!r}: expected an integer of at least 0.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed!r}: expected an integer from 0 to 4294967295.")
 
 
 class MaskLearner:
@@ -187,11 +186,12 @@ class MaskLearner:
         return layers
 
     def _compute(self, number: int) -> Any:
-        settings, search = self.settings, Threshold()
+        settings, passing = self.settings, Passing()
+        total = list(self._weights.values())[number].numel()
+        kept = total if settings.density is None else count_kept(settings.density, total)
 
         def popup(frozen: Tensor, scores: Tensor, training: bool) -> Tensor:
-            assert settings.density is not None
-            return popup_weight(frozen, scores, settings.density, search)
+            return pass_top(frozen, scores, kept, passing)
 
         def stochastic(frozen: Tensor, scores: Tensor, training: bool) -> Tensor:
             if not training and self.sample is None:
@@ -199,13 +199,15 @@ class MaskLearner:
                 return frozen.detach() * mask * (mask.numel() / max(1, int(mask.sum())) if settings.rescale else 1)
             draw, purpose = (self.draw, _TRAINING) if training else (self.sample, _EVALUATION)
             levels = Levels(settings.seed, draw or 0, number, purpose, scores.device)
-            return sampled_weight(frozen, scores, levels, rescale=settings.rescale, scratch=search.scratch)
+            return sampled_weight(frozen, scores, levels, rescale=settings.rescale)
 
         return popup if settings.method == "edge_popup" else stochastic
 
     def _result(self, scores: Tensor) -> Tensor:
         """The mask of one tensor that its scores stand for."""
         if self.settings.density is None:
+            if scores.detach().isnan().any():
+                raise SelectionError("the logits of a mask hold NaN: lower the learning rate.")
             return scores.detach() > 0
         values = scores.detach().abs() if self.settings.method == "edge_popup" else scores.detach()
         return select({"": values}, density=self.settings.density)[""]

@@ -2,48 +2,70 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from lightning_prune.errors import SelectionError
 from lightning_prune.learned.counts import count_kept
-from lightning_prune.learned.scratch import pieces
-from lightning_prune.learned.threshold import Threshold
-from lightning_prune.selection import select
+from lightning_prune.learned.top import TopMask
+
+
+class Passing:
+    """Which weights of one tensor pass, and the result of the last call: makes calls on slowly moving scores fast."""
+
+    def __init__(self) -> None:
+        self._top = TopMask()
+        self._result: Tensor | None = None
+        self._made_of: tuple[int, ...] = ()
+
+    def __call__(self, scores: Tensor, weight: Tensor, kept: int) -> Tensor:
+        """``weight`` where its score is among the ``kept`` of largest magnitude, else 0.
+
+        The result is the last call's tensor, changed in place where the mask has changed: like a parameter, of which a
+        graph that is still needed must not be older than a step. Autograd sees the change.
+
+        Args:
+            scores: Contiguous, outside of any graph.
+            weight: Outside of any graph.
+            kept: From 1 to the number of scores.
+        """
+        if torch.is_inference_mode_enabled():  # what is made there cannot be trained with later
+            with torch.inference_mode(False), torch.no_grad():
+                return self(scores, weight, kept)
+        found = self._top.update(scores, kept)
+        if isinstance(found, Tensor):
+            self._result = torch.where(found, weight.contiguous(), 0)
+        elif self._result is None or self._made_of != _versions(weight, self._result):
+            self._result = torch.where(self._top.mask(weight.shape), weight.contiguous(), 0)
+        elif len(found[0]):
+            changed, passes = found
+            values = weight.contiguous().view(-1).numpy()[changed]
+            self._result.view(-1).numpy()[changed] = np.where(passes, values, 0)
+            increment_version(self._result)
+        self._made_of = _versions(weight, self._result)
+        return self._result.detach()
+
+
+def _versions(weight: Tensor, result: Tensor) -> tuple[int, ...]:
+    """Changes when someone else has written to either."""
+    return weight.data_ptr(), weight._version, result._version
 
 
 class _Popup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, weight: Tensor, kept: int, search: Threshold) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, weight: Tensor, kept: int, passing: Passing) -> Tensor:
         ctx.save_for_backward(scores, weight)
-        ctx.scratch = search.scratch
-        return _pass(scores, weight, kept, search)
+        return passing(scores, weight, kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scores, weight = ctx.saved_tensors
-        given = grads[0].contiguous()
-        result = torch.empty_like(given)
-        for out, grad, frozen, score in pieces(result, given, weight, scores):
-            signs = torch.sign(score, out=ctx.scratch.like(score, 0))
-            torch.mul(grad, frozen, out=out).mul_(signs)
-        return result, None, None, None
+        return torch.mul(grads[0], weight).mul_(torch.sign(scores)), None, None, None
 
 
-def _pass(scores: Tensor, weight: Tensor, kept: int, search: Threshold) -> Tensor:
-    """``weight`` where its score is among the ``kept`` of largest magnitude, else 0."""
-    bound, exact = search(scores, kept)
-    if not exact:  # of equal scores the later position leaves first
-        masks = select({"scores": scores.abs()}, remove=scores.numel() - kept)
-        return weight * masks["scores"]
-    passed = torch.empty_like(weight)
-    for out, frozen, score in pieces(passed, weight, scores):
-        magnitudes = torch.abs(score, out=search.scratch.like(score, 0))
-        torch.mul(torch.ge(magnitudes, bound, out=magnitudes), frozen, out=out)
-    return passed
-
-
-def popup_weight(weight: Tensor, scores: Tensor, density: float, search: Threshold | None = None) -> Tensor:
+def popup_weight(weight: Tensor, scores: Tensor, density: float, passing: Passing | None = None) -> Tensor:
     """The weight that a layer computes with: only the ``round(density * entries)`` of largest ``|score|`` pass.
 
     The gradient passes straight through the mask to every score, whether its weight passes or not:
@@ -57,7 +79,7 @@ def popup_weight(weight: Tensor, scores: Tensor, density: float, search: Thresho
         weight: Frozen weights, floating.
         scores: Trainable; of the weight's shape and dtype.
         density: Fraction to keep, in (0, 1].
-        search: Makes repeated calls on slowly moving scores fast. The result is the same.
+        passing: Makes repeated calls fast; see :meth:`Passing.__call__` on the tensor that these return.
 
     Raises:
         ConfigError: ``density`` out of range.
@@ -68,8 +90,12 @@ def popup_weight(weight: Tensor, scores: Tensor, density: float, search: Thresho
         tensor([0., 2., 3., 0.])
     """
     check_alike(weight, scores)
-    kept = count_kept(density, scores.numel())
-    return _Popup.apply(scores.contiguous(), weight.detach().contiguous(), kept, search or Threshold())
+    return pass_top(weight, scores, count_kept(density, scores.numel()), passing or Passing())
+
+
+def pass_top(weight: Tensor, scores: Tensor, kept: int, passing: Passing) -> Tensor:
+    """:func:`popup_weight` of arguments that were checked before, by count."""
+    return _Popup.apply(scores.contiguous(), weight, kept, passing)
 
 
 def check_alike(weight: Tensor, scores: Tensor) -> None:

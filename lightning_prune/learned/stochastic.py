@@ -5,90 +5,116 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from lightning_prune.errors import ConfigError, SelectionError
 from lightning_prune.learned.counts import check_density
+from lightning_prune.learned.pieces import pieces
 from lightning_prune.learned.popup import check_alike
-from lightning_prune.learned.scratch import Scratch, pieces
 
 _LEVELS = 2**16
+
+
+class _Words(ISeedSequence):
+    """What a generator starts from, as given."""
+
+    def __init__(self, *words: int) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        return np.array(self._words[:n_words], dtype)
 
 
 class Levels:
     """Independent whole numbers, uniform from -32768 to 32767, as a function of four numbers.
 
-    Philox, counter-based: nothing is remembered between draws, so a draw can be repeated on another process or after a
-    restart, and the global generators are left alone. Sixteen bits a number cost a tenth of ``torch.bernoulli``. On a
-    device other than the CPU a generator there is seeded by the same four numbers: it gives the same on every such
-    device of one kind, and others than on a CPU.
+    SFC64, seeded by three words that these make: nothing is remembered between draws, so a draw can be repeated on
+    another process or after a restart, and the global generators are left alone. Sixteen bits a number cost less than a
+    tenth of ``torch.bernoulli``. On a device other than the CPU a generator there is seeded by the same four numbers:
+    it gives the same on every such device of one kind, and others than on a CPU.
 
     Args:
         seed: Of the whole, at least 0.
         draw: Number of the draw, at least 0.
         tensor: Number of the tensor that it is for, at least 0.
-        purpose: Keeps draws of different kinds apart, at least 0.
+        purpose: Keeps draws of different kinds apart, from 0 to 7.
         device: Where the numbers are needed.
     """
 
     def __init__(self, seed: int, draw: int, tensor: int, purpose: int, device: torch.device) -> None:
-        self._philox = np.random.Philox(key=seed, counter=[0, tensor, draw, purpose])
+        self._bits = np.random.SFC64(_Words(seed, draw, 8 * tensor + purpose))  # type: ignore[arg-type]
         self._generator: torch.Generator | None = None
         if device.type != "cpu":
-            self._generator = torch.Generator(device).manual_seed(int(self._philox.random_raw() >> 1))
+            self._generator = torch.Generator(device).manual_seed(int(self._bits.random_raw() >> 1))
 
     def next(self, count: int) -> Tensor:
         """The next ``count`` numbers, int16; all but the last call ask for a multiple of 4."""
         if self._generator is None:
-            return torch.from_numpy(self._philox.random_raw(-(-count // 4)).view(np.int16))[:count]
+            return torch.from_numpy(self._bits.random_raw(-(-count // 4)).view(np.int16)[:count])
         half = _LEVELS // 2
         device = self._generator.device
         return torch.randint(-half, half, (count,), generator=self._generator, dtype=torch.int16, device=device)
 
 
-def _sample(probabilities: Tensor, levels: Levels, scratch: Scratch) -> Tensor:
-    """0 and 1 for a flat piece, which is overwritten: 1 with its probability, rounded to a multiple of 2**-16."""
-    random = scratch.like(probabilities, 1).copy_(levels.next(len(probabilities)))
-    probabilities.mul_(_LEVELS).sub_(_LEVELS / 2 + 0.5)
-    return torch.gt(probabilities, random, out=probabilities)
-
-
 class _Sampled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, weight: Tensor, levels: Levels, rescale: bool, scratch: Scratch) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, weight: Tensor, levels: Levels, rescale: bool) -> Tensor:
         passed, kept = torch.empty_like(weight), 0
-        for out, frozen, logit in pieces(passed, weight, logits):
-            mask = _sample(torch.sigmoid(logit, out=scratch.like(logit, 0)), levels, scratch)
-            kept += int(mask.sum(dtype=None if len(mask) <= 2**24 else torch.float64))
-            torch.mul(mask, frozen, out=out)
+        probabilities = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        for out, frozen, probability, logit in pieces(passed, weight, probabilities, logits):
+            torch.sigmoid(logit, out=probability)
+            level = levels.next(out.numel()).to(probability.dtype)
+            kept += _pass(out, frozen, torch.sub(probability, level, alpha=1 / _LEVELS, out=level))
         if kept == 0:
             raise SelectionError(
                 f"a layer of {weight.numel()} weights sampled none of them (their mean probability is "
-                f"{float(torch.sigmoid(logits).mean()):.2g}), so nothing passes it. Choose a higher density or start, "
+                f"{float(probabilities.mean()):.2g}), so nothing passes it. Choose a higher density or start, "
                 "or exclude the layer."
             )
-        ctx.kept, ctx.rescale, ctx.scratch = kept, rescale, scratch
+        ctx.kept, ctx.rescale = kept, rescale
         if rescale:
             passed.mul_(weight.numel() / kept)
-        ctx.save_for_backward(logits, weight, *([passed] if rescale else []))
+        ctx.save_for_backward(probabilities, weight, *([passed] if rescale else []))
         return passed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, weight, *rest = ctx.saved_tensors
+        probabilities, weight, *rest = ctx.saved_tensors
         given = grads[0].contiguous()
-        factor, through_sum = 1.0, 0.0
         if ctx.rescale:  # the factor entries / sum(mask) depends on every entry
             factor = weight.numel() / ctx.kept
-            through_sum = float(torch.dot(given.view(-1), rest[0].view(-1))) / ctx.kept
+            through_sum = torch.dot(given.view(-1), rest[0].view(-1)).div_(-ctx.kept)
         result = torch.empty_like(given)
-        for out, grad, frozen, logit in pieces(result, given, weight, logits):
-            probabilities = torch.sigmoid(logit, out=ctx.scratch.like(logit, 0))
-            torch.mul(grad, frozen, out=out)
+        for out, grad, frozen, probability in pieces(result, given, weight, probabilities):
             if ctx.rescale:
-                out.mul_(factor).sub_(through_sum)
-            torch.ops.aten.sigmoid_backward.grad_input(out, probabilities, grad_input=out)
-        return result, None, None, None, None
+                torch.addcmul(through_sum, grad, frozen, value=factor, out=out)
+            else:
+                torch.mul(grad, frozen, out=out)
+            torch.ops.aten.sigmoid_backward.grad_input(out, probability, grad_input=out)
+        return result, None, None, None
+
+
+_OVER = 0.5 + 0.5 / _LEVELS
+
+
+def _pass(out: Tensor, weight: Tensor, distance: Tensor) -> int:
+    """Write ``weight`` where a probability exceeds its level, else 0; how many do.
+
+    Args:
+        out: Flat.
+        weight: Of its shape.
+        distance: Probability - level / 2**16, where levels are the whole numbers from -32768 on.
+    """
+    if distance.device.type == "cpu":
+        count = int(np.count_nonzero(distance.numpy() > _OVER))
+    else:
+        count = int(torch.count_nonzero(distance > _OVER))
+    if weight.dtype == distance.dtype:  # in one pass
+        torch.ops.aten.threshold_backward.grad_input(weight, distance, _OVER, grad_input=out)
+    else:
+        out.copy_(torch.where(distance > _OVER, weight, 0))
+    return count
 
 
 def sampled_weight(
@@ -97,7 +123,6 @@ def sampled_weight(
     levels: Levels,
     *,
     rescale: bool = False,
-    scratch: Scratch | None = None,
 ) -> Tensor:
     """The weight that a layer computes with: each entry passes with probability ``sigmoid(logit)``, else it is 0.
 
@@ -113,7 +138,6 @@ def sampled_weight(
         logits: Trainable; of the weight's shape and dtype.
         levels: The random numbers of this draw.
         rescale: Multiply by ``entries / sum(mask)``.
-        scratch: Memory to use for intermediate results; saves allocating it in each call.
 
     Raises:
         SelectionError: No weight was sampled; shapes or dtypes that differ.
@@ -125,7 +149,7 @@ def sampled_weight(
         True
     """
     check_alike(weight, logits)
-    return _Sampled.apply(logits.contiguous(), weight.detach().contiguous(), levels, rescale, scratch or Scratch())
+    return _Sampled.apply(logits.contiguous(), weight.detach().contiguous(), levels, rescale)
 
 
 def shift_logits_(logits: Tensor, density: float, tolerance: float = 1e-3) -> None:

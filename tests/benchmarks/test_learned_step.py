@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_prune.experiments import Conv4, LeNet300100
-from lightning_prune.learned import Levels, MaskLearner, MaskSettings, Threshold
+from lightning_prune.learned import Levels, MaskLearner, MaskSettings, TopMask
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(1800)]
 
@@ -98,11 +98,11 @@ def test_parts() -> None:
     """The random bits of LeNet's first layer against ``torch.bernoulli``, its boundary against a sort."""
     torch.set_num_threads(1)
     scores, drift = torch.randn(300, 784), 1e-4 * torch.randn(300, 784)
-    search = Threshold()
+    search = TopMask()
 
     def boundary() -> None:
         scores.add_(drift)
-        search(scores, scores.numel() // 2)
+        search.update(scores, scores.numel() // 2)
 
     probabilities = torch.sigmoid(scores)
     taken = by_turns(

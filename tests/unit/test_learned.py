@@ -14,7 +14,8 @@ from lightning_prune.learned import (
     Levels,
     MaskLearner,
     MaskSettings,
-    Threshold,
+    Passing,
+    TopMask,
     frozen_weight,
     popup_weight,
     sampled_weight,
@@ -58,21 +59,72 @@ def test_popup_gradient_is_autograds_of_the_formula(dtype: torch.dtype) -> None:
     assert (own[mask == 0] != 0).all()
 
 
-@pytest.mark.parametrize("density", [0.02, 0.5, 0.97])
-def test_the_threshold_is_that_of_a_sort_wherever_scores_move(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    search, scores = Threshold(), torch.randn(100, 300)
-    kept, slow = count_kept(density, scores.numel()), []
-    anywhere = Threshold._anywhere
-    monkeypatch.setattr(Threshold, "_anywhere", lambda *args: (slow.append(1), anywhere(*args))[1])
-    direction = torch.randn(100, 300)
+@pytest.mark.parametrize("density", [0.02, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("grain", [0.0, 0.01])  # scores all different; many equal ones
+def test_what_passes_is_what_a_selection_keeps_wherever_scores_move(
+    density: float, grain: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, scores, direction = torch.randn(3, 300, 300).unbind()
+    passing, kept, anew = Passing(), count_kept(density, scores.numel()), []
+    found = torch.empty(0)
+    anywhere = TopMask._anywhere
+    monkeypatch.setattr(TopMask, "_anywhere", lambda *args: (anew.append(1), anywhere(*args))[1])
     for step in range(40):
-        if step == 25:
+        if step == 20:
             scores = scores * 7  # a jump
-        scores = scores + 1e-3 * direction + 1e-4 * torch.randn(100, 300)
-        bound, exact = search(scores, kept)
-        assert bound == scores.abs().flatten().sort(descending=True).values[kept - 1].item()
-        assert exact == (int((scores.abs() >= bound).sum()) == kept)
-    assert 1 <= len(slow) <= 12, len(slow)  # the rest never looked at all values at once
+        if step == 30:
+            weight.mul_(2)
+        if step == 33:
+            found.zero_()  # somebody writes to the result
+        scores = scores + 1e-3 * direction + 1e-4 * torch.randn(300, 300)
+        values = (scores / grain).round() * grain if grain else scores
+        found = passing(values, weight, kept)
+        expected = weight * select({"": values.abs()}, remove=scores.numel() - kept)[""]
+        assert torch.equal(found, expected), step
+        assert torch.equal(passing(values, weight, kept), expected)
+    if not grain and density < 1:
+        assert 1 <= len(anew) <= 8, len(anew)  # the rest never looked at all values at once
+
+
+@pytest.mark.parametrize("passes_before", [True, False])
+def test_nan_scores_are_told(passes_before: bool) -> None:
+    passing, scores = Passing(), torch.randn(30, 10)
+    passing(scores, torch.ones(30, 10), 100)
+    passing(scores, torch.ones(30, 10), 100)
+    scores.view(-1)[scores.abs().argmax() if passes_before else scores.abs().argmin()] = math.nan
+    with pytest.raises(SelectionError, match="NaN"):
+        passing(scores, torch.ones(30, 10), 100)
+
+
+def test_training_follows_an_evaluation_in_inference_mode() -> None:
+    passing, weight, scores = Passing(), torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3, requires_grad=True)
+    weight = weight.to(memory_format=torch.channels_last)
+    for _ in range(3):
+        with torch.inference_mode():
+            found = popup_weight(weight, scores, 0.5, passing).clone()
+        x = torch.randn(2, 4, 5, 5, requires_grad=True)
+        nn.functional.conv2d(x, popup_weight(weight, scores, 0.5, passing)).sum().backward()
+        assert torch.equal(found, popup_weight(weight, scores, 0.5))
+        with torch.no_grad():
+            scores.add_(0.05 * torch.randn_like(scores))
+            weight.mul_(1.5)
+
+
+def test_the_result_is_like_a_parameter() -> None:
+    """Reading it twice in a step is free; a graph that is older than a step is refused, as torch refuses it."""
+    passing, weight = Passing(), torch.randn(20, 20)
+    scores, x = torch.randn(20, 20, requires_grad=True), torch.randn(3, 20, requires_grad=True)
+    popup_weight(weight, scores, 0.5, passing)
+    one, two = (x @ popup_weight(weight, scores, 0.5, passing) for _ in range(2))
+    (one + two).sum().backward()
+    expected = torch.autograd.grad((2 * x @ popup_weight(weight, scores, 0.5)).sum(), scores)[0]
+    torch.testing.assert_close(scores.grad, expected)
+    late = (x @ popup_weight(weight, scores, 0.5, passing)).sum()
+    with torch.no_grad():
+        scores.mul_(1 + 0.02 * torch.randn(20, 20))
+    popup_weight(weight, scores, 0.5, passing)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        late.backward()
 
 
 @pytest.mark.parametrize(
@@ -288,6 +340,15 @@ def test_it_goes_on_from_its_state() -> None:
         other.load_state_dict(half.state_dict())
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_mask_of_nan_is_refused(settings: MaskSettings) -> None:
+    learner = MaskLearner(nn.Linear(20, 10), settings)
+    with torch.no_grad():
+        learner.scores["weight"][0, 0] = math.nan
+    with pytest.raises(SelectionError, match="NaN"):
+        _ = learner.masks
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
@@ -304,6 +365,7 @@ def test_it_goes_on_from_its_state() -> None:
         (lambda: MaskSettings(scale_fan=True), ConfigError, "scale_fan=True needs"),
         (lambda: MaskSettings("stochastic", None, start=1.0), ConfigError, "start=1.0"),
         (lambda: MaskSettings(seed=-1), ConfigError, "seed=-1"),
+        (lambda: MaskSettings(seed=2**64), ConfigError, "from 0 to 4294967295"),
         (lambda: MaskLearner(nn.Linear(4, 1), MaskSettings(density=0.1)), SelectionError, "keeps none of them"),
         (lambda: MaskLearner(nn.BatchNorm1d(4), MaskSettings()), ConfigError, "nothing to prune"),
         (lambda: MaskLearner(nn.Linear(4, 2), MaskSettings(), train=["wieght"]), ConfigError, "train: 'wieght'"),
