@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.counted import Counted
 from lightning_prune.errors import FileFormatError, MaskMismatchError, SelectionError
 from lightning_prune.files import pack_bits, read_tensors, unpack_bits, write_tensors
 from lightning_prune.prunable import canonical_name, close_names, prunable_parameters
@@ -19,7 +20,7 @@ __all__ = ["MaskSet", "canonical_name", "prunable_parameters"]
 _VERSION = 1
 
 
-class MaskSet(Mapping[str, Tensor]):
+class MaskSet(Counted, Mapping[str, Tensor]):
     """Masks of a module's parameters: name -> boolean tensor of the parameter's shape, ``True`` = kept.
 
     A set is a value: its operations give new sets, and its tensors are not to be written to. Names are kept in the
@@ -117,18 +118,6 @@ class MaskSet(Mapping[str, Tensor]):
     def total(self) -> int:
         """Number of entries, kept or not, of the tensors that have a mask."""
         return sum(mask.numel() for mask in self._masks.values())
-
-    @property
-    def density(self) -> float:
-        """``kept / total``, in [0, 1]; of the tensors that have a mask. 1 for an empty set."""
-        total = self.total
-        return self.kept / total if total else 1.0
-
-    @property
-    def sparsity(self) -> float:
-        """``(total - kept) / total``, in [0, 1]; of the tensors that have a mask. 0 for an empty set."""
-        total = self.total
-        return (total - self.kept) / total if total else 0.0
 
     def kept_per_tensor(self) -> dict[str, tuple[int, int]]:
         """Kept entries and all entries of each tensor, by name."""

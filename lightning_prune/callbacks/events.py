@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.surgery import take
+from lightning_prune.counted import Counted
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name
 from lightning_prune.record import RunRecord
@@ -32,7 +33,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class PruneEvent:
+class PruneEvent(Counted):
     """One cut, as it is handed to every callback that defines ``on_prune(trainer, pl_module, event)``.
 
     Either weights are masked or channels leave. When it arrives, ``masks`` are decided and the module still holds the
@@ -84,16 +85,6 @@ class PruneEvent:
     def total(self) -> int:
         """Prunable entries (channels, blocks) of the dense network."""
         return self.costs[self.unit][1] if self.masks is None else self.masks.total
-
-    @property
-    def density(self) -> float:
-        """Kept entries over all entries of the prunable tensors (channels over all that can leave), in [0, 1]."""
-        return self.kept / self.total if self.total else 1.0
-
-    @property
-    def sparsity(self) -> float:
-        """Removed entries or channels (in all rounds) over all prunable ones, in [0, 1]."""
-        return (self.total - self.kept) / self.total if self.total else 0.0
 
     def slice(self, name: str, tensor: Tensor) -> Tensor:
         """What the plan leaves of a copy of a parameter or buffer, or of state of its shape.

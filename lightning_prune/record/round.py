@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lightning_prune.counted import Counted
 from lightning_prune.errors import ConfigError
 from lightning_prune.record.content import decode, encode, to_plain
 
@@ -12,7 +13,7 @@ UNITS = ("weights", "channels", "blocks")
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(Counted):
     """One row of the record: one trained network, before the next event cuts it.
 
     Args:
@@ -91,16 +92,6 @@ class Round:
             raise ConfigError(f"{where}: a count, metric or learning rate is no number ({error!s:.120}).") from error
         for name, value in plain.items():
             object.__setattr__(self, name, value)
-
-    @property
-    def density(self) -> float:
-        """Weights (channels) left over prunable ones of the dense network; 1.0 if there are none."""
-        return self.kept / self.total if self.total else 1.0
-
-    @property
-    def sparsity(self) -> float:
-        """Weights (channels) removed over prunable ones of the dense network: ``1 - density``."""
-        return (self.total - self.kept) / self.total if self.total else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The row as JSON content; ``density`` and ``sparsity`` stand in it for readers without this library."""
