@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import lightning_prune.experiments  # noqa: F401  (its classes can then be named without their path)
 from lightning_prune.callbacks.claims import claim, give_up
 from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.learned import LearnedSupermask
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.remover import COMPACT_NAME
 from lightning_prune.errors import ConfigError, FileFormatError, PruneError
@@ -111,15 +112,15 @@ class PruneCLI(RecipeCLI):
             settings["version"] = folder.name
 
     def before_fit(self) -> None:
-        """Tell the pruners which recipe this is, for the record."""
+        """Tell the callbacks that write a record which recipe this is."""
         recipes = ", ".join(str(path) for path in self.config["fit"].get("config") or [])
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RoundPruner):
+            if isinstance(callback, RoundPruner | LearnedSupermask):
                 callback.recipe = recipes or None
 
     def after_fit(self) -> None:
         """Evaluate on test data, complete the record, and say where everything is."""
-        pruners = [c for c in self.trainer.callbacks if isinstance(c, RoundPruner)]  # type: ignore[attr-defined]
+        pruners = [c for c in self.trainer.callbacks if isinstance(c, RoundPruner | LearnedSupermask)]  # type: ignore[attr-defined]
         folder = pruners[0].folder if pruners else None
         has_test = self.datamodule is not None and is_overridden("test_dataloader", self.datamodule)
         if self.config["fit"].test_after_fit and has_test and is_overridden("test_step", self.model):

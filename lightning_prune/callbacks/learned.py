@@ -12,16 +12,22 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.callbacks import monitors
 from lightning_prune.callbacks.claims import claim, give_up
-from lightning_prune.callbacks.company import compare_ranks, require_whole_network
+from lightning_prune.callbacks.company import compare_ranks, describe_company, require_whole_network
+from lightning_prune.callbacks.events import send_round_end
 from lightning_prune.callbacks.folders import run_folder
+from lightning_prune.callbacks.logs import add_companions
+from lightning_prune.callbacks.recorder import RoundRecorder
 from lightning_prune.callbacks.removal import without_wrapper
 from lightning_prune.callbacks.resuming import check_checkpoint, require_same_settings, taking_up
 from lightning_prune.callbacks.rewind import named_state
+from lightning_prune.callbacks.rounds import RoundSchedule
+from lightning_prune.callbacks.task import describe_task
 from lightning_prune.checkpoint import Ticket, save_ticket
 from lightning_prune.errors import ConfigError, ResumeError
 from lightning_prune.learned import MaskLearner, MaskSettings
 from lightning_prune.masks import MaskSet
 from lightning_prune.prunable import canonical_name
+from lightning_prune.record import RunRecord
 from lightning_prune.resume import ResumeState, save_atomically
 
 FILE_NAME = "supermask.safetensors"
@@ -35,6 +41,8 @@ class LearnedSupermask(Callback):
     optimizers' parameter groups. What has no mask is frozen too, unless ``train`` names it, and BatchNorm has no scale
     and shift (1 and 0). At the end the layers are plain again, with the masked weights in them; ``masks`` holds the
     result and ``supermask.safetensors`` in the run folder is a ticket: masks, and the frozen weights before masking.
+    ``record.json`` and ``rounds.csv`` there are the run's record, with the result as its only row: what each layer
+    keeps, and the metrics of the last validation.
 
     Acts in: ``on_fit_start`` (layers are changed in place; DDP's wrapper is built anew), ``on_train_batch_start`` (a
     new draw), after each optimizer step (holds the density), ``on_fit_end`` (layers are plain again). ``state_dict``
@@ -63,10 +71,13 @@ class LearnedSupermask(Callback):
         include: Parameters that get one beside the default set of :func:`prunable_parameters`.
         train: Parameters without a mask that go on being trained, such as ``["*.bias"]``.
         affine: Leave BatchNorm its scale and shift.
-        dirpath: Folder of the ticket. Default: the run folder; without a logger none.
+        dirpath: Folder of ticket and record. Default: the run folder; without a logger none.
+        monitor: The metric by which the record tells the best step. Default: what a ModelCheckpoint or EarlyStopping of
+            the trainer watches.
+        mode: ``"max"`` or ``"min"``. Default: as that callback has it, else ``"max"``.
         seed: Seeds initialisations, first scores and draws; the global generators are left alone.
 
-    State saved: frozen weights, scores, number of the draw, generators and data position.
+    State saved: frozen weights, scores, number of the draw, record, generators and data position.
 
     Raises:
         ConfigError: A value out of range; in ``setup``: a pruner, averaged weights or a sharding strategy beside it; in
@@ -95,8 +106,12 @@ class LearnedSupermask(Callback):
         train: Sequence[str] = (),
         affine: bool = False,
         dirpath: str | Path | None = None,
+        monitor: str | None = None,
+        mode: str | None = None,
         seed: int = 0,
     ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ConfigError(f"mode={mode!r} is unknown; choose 'min' or 'max'.")
         self.settings = MaskSettings(method, density, init, scale_fan, rescale, start, seed)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
             raise ConfigError(f"samples={samples!r}: expected how many masks are drawn in evaluation, 0 or more.")
@@ -110,6 +125,10 @@ class LearnedSupermask(Callback):
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.masks: MaskSet | None = None
         """The result, at the end of a fit."""
+        self.recipe: str | None = None
+        """The file that the run was configured with, for the record; the command line sets it."""
+        self._recorder = RoundRecorder(monitor, mode, dirpath, verbose=False)
+        self._whole = RoundSchedule(0, None, None)  # one round, as long as the fit
         self._resume = ResumeState()
         self._learner: MaskLearner | None = None
         self._loaded: dict[str, Any] | None = None
@@ -126,6 +145,7 @@ class LearnedSupermask(Callback):
         self._fits = stage == "fit"
         if not self._fits:
             return
+        add_companions(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             name = type(callback).__name__
             if getattr(callback, "sends_prune_events", False):
@@ -165,6 +185,7 @@ class LearnedSupermask(Callback):
         folder = self.dirpath or run_folder(trainer)
         if folder is not None:
             claim(trainer, folder, FILE_NAME)
+        self._start_record(trainer, pl_module)
         with without_wrapper(trainer, pl_module):
             self._learner = MaskLearner(pl_module, self.settings, self.exclude, self.include, self.train, self.affine)
             if self._loaded is not None:
@@ -176,6 +197,21 @@ class LearnedSupermask(Callback):
         if self.samples:
             for name in ("validation_step", "test_step"):
                 self._sample(pl_module, name)
+
+    def _start_record(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = {type(self).__name__: self.hyper_parameters() | {"samples": self.samples}}
+        task = describe_task(trainer, pl_module, self.recipe)
+        self._recorder.start(trainer, own | describe_company(trainer) | own, task, resumed=self._loaded is not None)
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder with this run's record, once a fit has begun; ``None`` where nothing is written."""
+        return self._recorder.folder
+
+    @property
+    def record(self) -> RunRecord | None:
+        """This run's record so far, once a fit has begun; its row is there when the fit has ended."""
+        return self._recorder.record
 
     # ----------------------------------------------------------------- in a fit
 
@@ -209,9 +245,20 @@ class LearnedSupermask(Callback):
         if self._learner is not None:
             self._learner.hold_density()
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Get ready to take the metrics."""
+        self._recorder.before_validation(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the metrics."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._recorder.take_metrics(trainer, self._whole)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the density; see that all processes have the same masks."""
         assert self._learner is not None
+        if not trainer.enable_validation:
+            self._recorder.take_metrics(trainer, self._whole)
         masks = self._learner.masks
         compare_ranks(masks.digest())
         pl_module.log("prune/density", masks.density)
@@ -221,15 +268,26 @@ class LearnedSupermask(Callback):
     # ------------------------------------------------------------------- the end
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the module plain, write the ticket."""
+        """Make the module plain, write ticket and record."""
         if self._learner is None:
             return
         learner = self._learner
         masks = self.masks = self._finish(pl_module, learner)
         compare_ranks(masks.digest())
-        folder = self.dirpath or run_folder(trainer)
-        if folder is None or not trainer.is_global_zero:
-            return
+        folder = self.folder
+        if folder is not None and trainer.is_global_zero:
+            self._write_ticket(trainer, pl_module, learner, masks, folder / FILE_NAME)
+        counts: dict[str, Any] = {"kept": masks.kept, "total": masks.total, "digest": masks.digest()}
+        counts["per_layer"] = masks.kept_per_tensor()
+        self._whole.stopped_early = bool(trainer.should_stop)
+        ticket = None if folder is None else folder / FILE_NAME
+        if self._recorder.end_round(trainer, self._whole, counts, [], ticket):
+            assert self.record is not None
+            send_round_end(trainer, pl_module, self.record)
+
+    def _write_ticket(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, learner: MaskLearner, masks: MaskSet, path: Path
+    ) -> None:
         factors = learner.factors(masks)
         frozen = {name: weight * factors[name] for name, weight in self._state["frozen"].items()}
         weights = {name: frozen.get(canonical_name(name), t) for name, t in named_state(pl_module).items()}
@@ -238,7 +296,7 @@ class LearnedSupermask(Callback):
             "digest": masks.digest(),
             "step": trainer.global_step,
         }
-        save_ticket(folder / FILE_NAME, Ticket(masks, weights, info))
+        save_ticket(path, Ticket(masks, weights, info))
 
     def _finish(self, pl_module: pl.LightningModule, learner: MaskLearner) -> MaskSet:
         self._release(pl_module)
@@ -288,6 +346,7 @@ class LearnedSupermask(Callback):
         return {
             "hyper_parameters": self.hyper_parameters(),
             "learner": learner,
+            "recorder": self._recorder.state_dict(),
             "resume": self._resume.state_dict(),
         }
 
@@ -298,4 +357,7 @@ class LearnedSupermask(Callback):
         with taking_up(type(self).__name__):
             require_same_settings(state_dict["hyper_parameters"], self.hyper_parameters())
             self._loaded = state_dict["learner"]
+            self._recorder.load_state_dict(state_dict["recorder"])
+            assert self.record is not None
+            self.record.cut_to(0)  # a fit that goes on chooses its result anew
             self._resume.load_state_dict(state_dict["resume"])

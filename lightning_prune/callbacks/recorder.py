@@ -134,6 +134,7 @@ class RoundRecorder:
         schedule: RoundSchedule,
         counts: Mapping[str, Any],
         frozen: list[dict[str, Any]],
+        ticket: Path | None = None,
     ) -> bool:
         """Close the round's row, with the network as it was trained, before the next cut.
 
@@ -143,6 +144,7 @@ class RoundRecorder:
             counts: What the round was trained with: ``kept``, ``total``, ``digest``, ``per_layer`` of :class:`Round`,
                 and where channels leave ``unit`` and ``costs``.
             frozen: What may not leave and why; empty: as said before.
+            ticket: The ticket of this row, where no event has told it.
 
         Returns:
             Whether a row was added; a finished run that was resumed has nothing to add.
@@ -162,7 +164,7 @@ class RoundRecorder:
             learning_rates=tuple(float(g["lr"]) for o in trainer.optimizers for g in o.param_groups if "lr" in g),
             best=self._best,
             best_checkpoint=None if best is None else self._relative(Path(best)),
-            ticket=self._ticket,
+            ticket=self._ticket if ticket is None else self._relative(ticket),
             start_metrics=self._start,
             stopped_early=schedule.stopped_early,
             mask_distances=tuple(self.distances),

@@ -57,7 +57,8 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
     Returns:
         ``method``, ``seed``, ``rounds`` (cuts), ``sparsity``; of the metric that stands for the run its name
         (``metric``), ``dense`` (its value in round 0), ``change`` (last minus dense), and ``matching_sparsity``: the
-        highest sparsity of a round whose metric is no worse than the dense network's.
+        highest sparsity of a round whose metric is no worse than the dense network's. Of the last three none where no
+        round is dense, as after a learned mask.
     """
     last = record.rounds[-1]
     fields: dict[str, Any] = {"method": " + ".join(record.method), "seed": record.seed}
@@ -66,6 +67,8 @@ def summary_of(record: RunRecord) -> dict[str, Any]:
     values = [row.metrics.get(metric or "") for row in record.rounds]
     if metric is None or values[0] is None:
         return fields
+    if record.rounds[0].sparsity > 0:  # a learned mask: there is no dense network to compare it with
+        return fields | {"metric": metric}
     dense, sign = values[0], -1 if lower_is_better(metric) else 1
     good = [
         row.sparsity

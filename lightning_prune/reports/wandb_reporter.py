@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.folders import run_folder, tries_out
+from lightning_prune.callbacks.learned import LearnedSupermask
 from lightning_prune.callbacks.logs import COMPANIONS, end_numbers
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.callbacks.remover import COMPACT_NAME
@@ -123,7 +124,7 @@ class WandbReporter(Callback):
         """The round's table, and its ticket."""
         ticket = _ticket(trainer, event.round)
         pruner = _pruner(trainer)
-        if pruner is None:
+        if not isinstance(pruner, RoundPruner):
             return
         kind = "compact" if event.masks is None else "ticket"
         per_layer, facts = pruner.counts()["per_layer"], _facts(event)  # of sharded masks every process counts its part
@@ -207,8 +208,9 @@ def companion(trainer: pl.Trainer) -> WandbReporter | None:
 COMPANIONS.append(companion)
 
 
-def _pruner(trainer: pl.Trainer) -> RoundPruner | None:
-    return next((c for c in trainer.callbacks if isinstance(c, RoundPruner)), None)  # type: ignore[attr-defined]
+def _pruner(trainer: pl.Trainer) -> RoundPruner | LearnedSupermask | None:
+    """What writes the record."""
+    return next((c for c in trainer.callbacks if isinstance(c, RoundPruner | LearnedSupermask)), None)  # type: ignore[attr-defined]
 
 
 def _ticket(trainer: pl.Trainer, number: int) -> Path | None:

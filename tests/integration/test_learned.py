@@ -1,5 +1,7 @@
 """LearnedSupermask in fits: any module, plain before and after, resumed bit for bit, with a ticket that IMP takes."""
 
+import csv
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,12 @@ from lightning_prune import (
     MaskSet,
     PruneError,
     ResumeError,
+    accelerate,
     load_ticket,
 )
+from lightning_prune.cli import main
+from lightning_prune.record import RunRecord
+from lightning_prune.reports.wandb_content import summary_of
 from lightning_prune.resume import AtomicCheckpointIO
 from tests._helpers.models import ToyModule, loaders, toy_data, toy_network, trainer
 
@@ -139,6 +145,8 @@ def test_resumed_equals_uninterrupted(options: dict[str, Any], place: str, tmp_p
     assert resumed.masks == whole.masks
     for (name, one), other in zip(expected.state_dict().items(), found.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+    assert len(resumed.record.rounds) == 1
+    assert RunRecord.read(resumed.folder).comparable() == RunRecord.read(whole.folder).comparable()
     saved = torch.load(tmp_path / f"{place}.ckpt", weights_only=True)
     assert list(saved["state_dict"]) == list(expected.state_dict())
     assert not torch.equal(saved["state_dict"]["network.0.weight"], expected.state_dict()["network.0.weight"])
@@ -224,6 +232,56 @@ def test_the_ticket_feeds_iterative_pruning(tmp_path: Path) -> None:
     assert prune.masks == learn.masks
     with pytest.raises(ConfigError, match=r"masks_from=.* is one ticket, for one cut"):
         IterativeMagnitudePruner(rounds=2, masks_from=tmp_path / "supermask.safetensors")
+
+
+@pytest.mark.parametrize("options", [POPUP, HELD], ids=["edge_popup", "held"])
+def test_the_result_is_in_a_record(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    learn = LearnedSupermask(**options, monitor="val_acc")
+    fitted, _ = fit(tmp_path / "a", [learn], max_epochs=2)
+    fitted.save_checkpoint(tmp_path / "after.ckpt")
+    record = RunRecord.read(fitted.log_dir)
+    (row,) = record.rounds
+    assert (row.kept, row.total, row.digest) == (learn.masks.kept, learn.masks.total, learn.masks.digest())
+    assert row.per_layer == {name: (int(m.sum()), m.numel()) for name, m in learn.masks.items()}
+    assert (row.step, row.steps, row.ticket) == (24, 24, "supermask.safetensors")
+    assert row.metrics["val_acc"] == fitted.callback_metrics["val_acc"].item()
+    assert row.best["value"] >= row.metrics["val_acc"]
+    assert record.method["LearnedSupermask"]["samples"] == options.get("samples", 0)
+    assert (Path(fitted.log_dir) / "rounds.csv").read_text().count("\n") == 2
+    assert "dense" not in summary_of(record)
+
+    longer = LearnedSupermask(**options, monitor="val_acc")  # goes on from a fit that had ended
+    fit(tmp_path / "b", [longer], ckpt_path=tmp_path / "after.ckpt")
+    assert [row.step for row in RunRecord.read(longer.folder).rounds] == [36]
+    capsys.readouterr()
+    main(["compare", str(learn.folder), str(longer.folder)])
+    assert capsys.readouterr().out.count("val_acc") == 1
+    main(["report", str(learn.folder), "--format", "csv"])
+    (line,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert line["method"].startswith("LearnedSupermask")
+    assert float(line["sparsity, %"]) == pytest.approx(100 * row.sparsity)
+    assert float(line["val_acc"]) == row.metrics["val_acc"]
+    (learn.folder / "supermask.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"record\.json is the record of an earlier run"):
+        fit(tmp_path / "c", [LearnedSupermask(**options, dirpath=learn.folder)])
+
+
+@pytest.mark.parametrize("options", [POPUP, STOCHASTIC], ids=["edge_popup", "rescaled"])
+def test_the_result_is_accelerated(options: dict[str, Any], tmp_path: Path) -> None:
+    """Masks and plain network, as they come out of the fit, compute the same when their layers are made fast."""
+    layers = [nn.Linear(12, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 3)]
+    module = ToyModule(nn.Sequential(*layers), configure=steep)
+    learn = LearnedSupermask(**options | ({"density": 0.05} if options is POPUP else {}))
+    trainer(tmp_path, [learn], max_epochs=1).fit(module, *loaders())
+    x = toy_data(32, seed=1).tensors[0]
+    network = module.network.eval()
+    masks = MaskSet({name.removeprefix("network."): mask for name, mask in learn.masks.items()})
+    fast = accelerate(network, masks, x, seconds=0.01)
+    expected = network(x).detach()
+    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert expected.std() > 0
+    if options is POPUP:
+        assert fast.plan is not None  # most of the first layer's neurons have no input left
 
 
 def test_an_error_in_the_fit_leaves_a_plain_module(tmp_path: Path) -> None:
