@@ -19,6 +19,14 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of LightningCLI's own calls
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two workers for the whole suite; this process alone where a part of it was asked for, or its output."""
+    option = config.option
+    chosen = option.markexpr or option.keyword or option.capture == "no" or option.usepdb or option.collectonly
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return min(2, os.cpu_count() or 1) if whole and not chosen else 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the long tiers out, unless ``-m`` asks for markers or the command line names the test file."""
     if config.option.markexpr:
