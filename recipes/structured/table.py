@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
-from lightning_prune import count_costs
-from lightning_prune.costs.savings import measure_savings
+from lightning_prune import compare_latency, count_costs
+from lightning_prune.callbacks.remover import COMPACT_NAME
 from lightning_prune.experiments import VGG16BN, ResNet20
 from lightning_prune.record import JSON_NAME, RunRecord
+from lightning_prune.sweep.facts import compact_network
 
 ARMS = ("untouched", "slimming", "hrank", "l1", "random", "scratch", "narrowed", "scratch-cost", "narrowed-cost")
 COLUMNS = (
@@ -23,6 +25,7 @@ COLUMNS = (
 FIRST, THEN = 300, 150  # steps before and after the cut
 NETWORKS = {"resnet20": (ResNet20, 0.5), "vgg16": (VGG16BN, 0.25)}
 X = torch.rand(64, 3, 32, 32)
+TIMED: dict[Any, float] = {}
 
 
 def logged(folder: Path) -> dict[str, float]:
@@ -39,25 +42,29 @@ def finished(folder: Path) -> bool:
     return (folder / "metrics.csv").exists() and "test_acc" in logged(folder)
 
 
-def compact_costs(folder: Path) -> dict[str, float]:
-    """What a cut has kept, as fractions of the dense network; latency by turns in one process."""
-    record = RunRecord.read(folder / JSON_NAME)
-    kept = {what: now / dense for what, (now, dense) in record.rounds[-1].costs.items()}
-    compared = [row["comparison"] for row in record.costs if row.get("comparison")]
-    return kept | {"latency": compared[-1]["ratio"]} if compared else kept
+def kept(small: nn.Module, network: str) -> dict[str, float]:
+    """What a network keeps of the dense one: parameters, multiply-adds, and latency by turns, timed now."""
+    build, width = NETWORKS[network]
+    dense = build(width=width)
+    costs, now = count_costs(dense, X), count_costs(small, X)
+    found = {"params": now.params.total / costs.params.total, "macs": now.macs.total / costs.macs.total}
+    shapes = tuple(tuple(p.shape) for p in small.parameters())
+    if shapes not in TIMED:  # arms of one shape share a measurement
+        TIMED[shapes] = compare_latency(dense, small, X, seconds=1.0).ratio
+    return found | {"latency": TIMED[shapes]}
+
+
+def compact_costs(folder: Path, network: str) -> dict[str, float]:
+    """Of the network that a cut has left."""
+    build, width = NETWORKS[network]
+    return kept(compact_network(build(width=width), folder / COMPACT_NAME), network)
 
 
 def narrow_costs(folder: Path, network: str) -> dict[str, float]:
-    """The same of a narrowed network, counted and timed now."""
-    build, width = NETWORKS[network]
+    """Of a narrowed network."""
     with (folder / "config.yaml").open() as file:
         own = yaml.safe_load(file)["model"]["init_args"]["network"]["init_args"]
-    dense, narrow = build(width=width), build(width=own["width"])
-    costs = count_costs(dense, X)
-    savings = measure_savings(narrow, X, dense, costs, seconds=1.0)
-    now = count_costs(narrow, X)
-    kept = {"params": now.params.total / costs.params.total, "macs": now.macs.total / costs.macs.total}
-    return kept | ({"latency": savings.comparison.ratio} if savings.comparison else {})
+    return kept(NETWORKS[network][0](width=own["width"]), network)
 
 
 def row_of(home: Path, network: str, arm: str, percent: str) -> dict[str, Any]:
@@ -72,8 +79,8 @@ def row_of(home: Path, network: str, arm: str, percent: str) -> dict[str, Any]:
     if arm.startswith("narrowed"):
         costs = narrow_costs(home / name, network)
     else:
-        costs = compact_costs(home / (f"slimming-{percent}" if arm.startswith("scratch") else name))
-    row |= {"MACs kept": costs["macs"], "parameters kept": costs["params"], "latency kept": costs.get("latency")}
+        costs = compact_costs(home / (f"slimming-{percent}" if arm.startswith("scratch") else name), network)
+    row |= {"MACs kept": costs["macs"], "parameters kept": costs["params"], "latency kept": costs["latency"]}
     if arm.startswith(("scratch", "narrowed")):
         return row | {"training cost": found["step"] * costs["macs"]}
     record = RunRecord.read(home / name / JSON_NAME)
