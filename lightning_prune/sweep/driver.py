@@ -47,7 +47,7 @@ class Driver:
         left = list(enumerate(self.arms, 1))
         with stopping():
             while left:
-                busy = []
+                busy: list[tuple[int, Arm]] = []
                 for number, arm in left:
                     elsewhere = [other.folder for _, other in busy]
                     if _waits_for(arm, elsewhere) or not self._visit(number, arm):
