@@ -4,6 +4,7 @@ import ipaddress
 import os
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # what one test seeds is not the next one's seed
+def _reproducible() -> Iterator[None]:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (the global generator is what a user's code may draw from)
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    yield
+    # what one test seeds is not the next one's seed, nor that of processes that a module's fixture starts before it
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(autouse=True)
