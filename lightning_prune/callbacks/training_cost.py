@@ -2,6 +2,7 @@
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,8 +20,8 @@ from lightning_prune.callbacks.moments import schedule_length
 from lightning_prune.callbacks.pruner import RoundPruner
 from lightning_prune.costs import count_costs
 from lightning_prune.costs.latency import batch_length
-from lightning_prune.errors import ConfigError
-from lightning_prune.files import write_json
+from lightning_prune.errors import ConfigError, FileFormatError
+from lightning_prune.files import read_json, write_json
 from lightning_prune.resume import undisturbed
 from lightning_prune.wrappers import bare
 
@@ -28,6 +29,18 @@ FORMAT, VERSION = "lightning_prune training cost", 1
 COST_NAME = "training_cost.json"
 FORWARD, BACKWARD = 1, 2
 """Passes in units of a forward pass: a backward pass multiplies twice, for inputs and for weights."""
+
+
+def read_training_cost(path: Path) -> dict[str, Any]:
+    """What :class:`TrainingCost` has written.
+
+    Raises:
+        FileFormatError: The file is missing, damaged, or none of this version.
+    """
+    cost = read_json(path, "a training's cost")
+    if not isinstance(cost, dict) or cost.get("format") != FORMAT or cost.get("version") != VERSION:
+        raise FileFormatError(f"{path} is no training's cost of this version; {FORMAT!r}, version {VERSION}, expected.")
+    return cost
 
 
 class TrainingCost(Callback):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from lightning_prune.callbacks.training_cost import COST_NAME
 from lightning_prune.errors import PruneError
 from lightning_prune.record import ARM_NAME
 from lightning_prune.record import Arm as Result
@@ -13,7 +14,7 @@ from lightning_prune.sweep.facts import NetworkFacts
 from lightning_prune.sweep.planning import Arm, Stage
 from lightning_prune.sweep.processes import run_program
 from lightning_prune.sweep.results import WITHIN, line, result_of
-from lightning_prune.sweep.running import COST_NAME, BusyError, Runner, held, is_done, run_stage, stopping
+from lightning_prune.sweep.running import BusyError, Runner, held, is_done, run_stage, stopping
 
 _LOOK_AGAIN = 2.0  # seconds between two looks at whether another sweep has finished an arm
 

@@ -15,10 +15,10 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
-from lightning_prune.compact_files import KIND, VERSION, load_compact
+from lightning_prune.callbacks.training_cost import BACKWARD, FORWARD
 from lightning_prune.costs import Costs, count_costs
 from lightning_prune.errors import ConfigError, FileFormatError
-from lightning_prune.files import read_json, read_tensors, write_json
+from lightning_prune.files import read_json, write_json
 from lightning_prune.recipes import essence
 from lightning_prune.sweep.changes import read_recipe
 from lightning_prune.sweep.schema import NetworkChoice, Sweep, percent
@@ -49,8 +49,12 @@ class NetworkFacts:
 
     @property
     def step_macs(self) -> int:
-        """Multiply-adds of a training step of the dense network: a forward pass, and a backward pass of two."""
-        return 3 * self.macs * self.batch_size
+        """Multiply-adds of a training step of the dense network."""
+        return self.training(self.macs)
+
+    def training(self, macs: int) -> int:
+        """Multiply-adds of a training step, forward and backward, of a network whose forward pass takes ``macs``."""
+        return (FORWARD + BACKWARD) * macs * self.batch_size
 
 
 def build(spec: Any, what: str = "network") -> nn.Module:
@@ -66,16 +70,6 @@ def build(spec: Any, what: str = "network") -> nn.Module:
     except Exception as error:  # jsonargparse and the networks' own constructors raise many kinds
         reason = " ".join(essence(str(error)).split())[:400]
         raise ConfigError(f"{what} cannot be built ({type(error).__name__}: {reason}).") from error
-
-
-def compact_network(dense: nn.Module, path: str | Path) -> nn.Module:
-    """Shrink a dense network to a compact file, whether that holds the network or the module around it."""
-    tensors, _ = read_tensors(path, kind=KIND, version=VERSION)
-    if all(name.startswith("network.") for name in tensors):
-        load_compact(nn.ModuleDict({"network": dense}), path)
-    else:
-        load_compact(dense, path)
-    return dense
 
 
 def example(shape: Sequence[int], batch_size: int = 1) -> Tensor:

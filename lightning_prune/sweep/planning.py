@@ -223,7 +223,7 @@ class Planner:
         macs = self.facts.narrow_macs[percent(budget)]
         steps = self.steps if method.equal == "steps" else round(self.steps * self.facts.macs / macs)
         stage = self._plain(method, name, spec, steps)
-        return spec, Stage(stage.folder, stage.command, 3.0 * macs * self.facts.batch_size * steps)
+        return spec, Stage(stage.folder, stage.command, float(self.facts.training(macs) * steps))
 
     def _scratch(self, method: Method, name: str, shape_of: str) -> tuple[dict[str, Any], Stage]:
         compact = self.folder(shape_of) / COMPACT

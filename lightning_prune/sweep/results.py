@@ -5,17 +5,15 @@ from pathlib import Path
 
 from torch import nn
 
+from lightning_prune.callbacks.training_cost import COST_NAME, read_training_cost
 from lightning_prune.environment import package_versions
 from lightning_prune.errors import FileFormatError
-from lightning_prune.experiments import trained
-from lightning_prune.files import read_json
+from lightning_prune.experiments import compacted, trained
 from lightning_prune.record import JSON_NAME, ArmCost, ArmStage, RunRecord
 from lightning_prune.record import Arm as Result
-from lightning_prune.sweep.facts import NetworkFacts, build, compact_network, costs_of
+from lightning_prune.sweep.facts import NetworkFacts, build, costs_of
 from lightning_prune.sweep.planning import COMPACT, LAST, Arm, Stage
-from lightning_prune.sweep.running import COST_NAME
 
-COST_FORMAT, COST_VERSION = "lightning_prune training cost", 1
 WITHIN = 0.02
 """By how much, relative, an arm's cost may differ from what it may spend."""
 
@@ -23,7 +21,7 @@ WITHIN = 0.02
 def network_of(arm: Arm) -> nn.Module:
     """The network at the end of an arm, with its weights."""
     if arm.method.cuts:
-        return compact_network(build(arm.network.spec()), arm.folder / COMPACT)
+        return compacted(build(arm.network.spec()), arm.folder / COMPACT)
     return trained(build(dict(arm.network_spec)), arm.folder / LAST)
 
 
@@ -49,10 +47,7 @@ def stage_cost(stage: Stage, output: Path) -> ArmStage:
     Raises:
         FileFormatError: The file is missing or none of this version.
     """
-    path = stage.folder / COST_NAME
-    cost = read_json(path, "a training's cost")
-    if not isinstance(cost, dict) or cost.get("format") != COST_FORMAT or cost.get("version") != COST_VERSION:
-        raise FileFormatError(f"{path} is no training's cost of this version.")
+    cost = read_training_cost(stage.folder / COST_NAME)
     return ArmStage(str(stage.folder.relative_to(output)), cost["macs"], cost["steps"], cost["seconds"])
 
 

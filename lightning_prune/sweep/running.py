@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from lightning_prune.callbacks.claims import lock_folder
+from lightning_prune.callbacks.training_cost import COST_NAME
 from lightning_prune.errors import ConfigError, PruneError
 from lightning_prune.files import read_json, write_json
 from lightning_prune.recipes import parse_yaml
 from lightning_prune.sweep.changes import read_recipe
 from lightning_prune.sweep.planning import Arm, Stage
 
-STAGE_NAME, COST_NAME, RECIPE_NAME = "stage.json", "training_cost.json", "config.yaml"
+STAGE_NAME, RECIPE_NAME = "stage.json", "config.yaml"
 FORMAT, VERSION = "lightning_prune stage", 1
 _WHERE_ONLY = (
     "--data.root=",

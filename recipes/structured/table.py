@@ -13,9 +13,8 @@ from torch import nn
 
 from lightning_prune import compare_latency, count_costs
 from lightning_prune.callbacks.remover import COMPACT_NAME
-from lightning_prune.experiments import VGG16BN, ResNet20
+from lightning_prune.experiments import VGG16BN, ResNet20, compacted
 from lightning_prune.record import JSON_NAME, RunRecord
-from lightning_prune.sweep.facts import compact_network
 
 ARMS = ("untouched", "slimming", "hrank", "l1", "random", "scratch", "narrowed", "scratch-cost", "narrowed-cost")
 COLUMNS = (
@@ -57,7 +56,7 @@ def kept(small: nn.Module, network: str) -> dict[str, float]:
 def compact_costs(folder: Path, network: str) -> dict[str, float]:
     """Of the network that a cut has left."""
     build, width = NETWORKS[network]
-    return kept(compact_network(build(width=width), folder / COMPACT_NAME), network)
+    return kept(compacted(build(width=width), folder / COMPACT_NAME), network)
 
 
 def narrow_costs(folder: Path, network: str) -> dict[str, float]:

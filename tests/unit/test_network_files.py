@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_prune import Budget, compact, plan_removal, save_compact, trace_channels
 from lightning_prune.errors import ConfigError, FileFormatError, MaskMismatchError
-from lightning_prune.experiments import ImageClassifier, ResNet20, shaped_like, trained
+from lightning_prune.experiments import ImageClassifier, ResNet20, compacted, shaped_like, trained
 
 X = torch.zeros(2, 3, 32, 32)
 
@@ -60,6 +60,17 @@ def test_a_compact_networks_widths_with_fresh_weights(tmp_path: Path, wrap: Call
     torch.manual_seed(5)
     again = shaped_like(small(), tmp_path / "compact.safetensors")
     assert all(torch.equal(p, q) for p, q in zip(network.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrap", [nn.Module.eval, ImageClassifier], ids=["network", "classifier"])
+def test_a_compact_network_comes_back_with_its_weights(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    pruned = small()
+    whole = wrap(pruned)
+    compact(whole, plan_removal(trace_channels(whole, X), Budget(macs=0.5)), X)
+    save_compact(whole, tmp_path / "compact.safetensors")
+    found = compacted(small(), tmp_path / "compact.safetensors").state_dict()
+    assert found.keys() == pruned.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in pruned.state_dict().items())
 
 
 def test_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The networks of the pruning papers; each can draw a fresh initialisation with ``reset_parameters()``."""
 
 from lightning_prune.experiments.networks.densenet import DenseNet40
-from lightning_prune.experiments.networks.files import shaped_like, trained
+from lightning_prune.experiments.networks.files import compacted, shaped_like, trained
 from lightning_prune.experiments.networks.narrow import (
     convnext_cifar,
     efficientnet_cifar,
@@ -29,6 +29,7 @@ __all__ = [
     "ResNet56",
     "ResNet110",
     "SmallConvNet",
+    "compacted",
     "convnext_cifar",
     "efficientnet_cifar",
     "mobilenet_v2_cifar",

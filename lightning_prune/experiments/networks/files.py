@@ -74,10 +74,28 @@ def shaped_like(network: nn.Module, compact: str | Path) -> nn.Module:
             f"{type(network).__name__} has no reset_parameters(), so shaped_like cannot give it fresh weights: define "
             "one that fills all its parameters."
         )
+    compacted(network, compact)
+    reset()
+    return network
+
+
+def compacted(network: nn.Module, compact: str | Path) -> nn.Module:
+    """Shrink a network to a compact one and load its weights.
+
+    Args:
+        network: Of the original width; changed in place.
+        compact: A file of :func:`save_compact`, of such a network or of a classifier that holds it as ``network``.
+
+    Returns:
+        The same network.
+
+    Raises:
+        FileFormatError: The file is missing or damaged.
+        MaskMismatchError: The file belongs to another architecture.
+    """
     tensors, _ = read_tensors(compact, kind=KIND, version=VERSION)
     if all(name.startswith("network.") for name in tensors):
         load_compact(nn.ModuleDict({"network": network}), compact)
     else:
         load_compact(network, compact)
-    reset()
     return network
