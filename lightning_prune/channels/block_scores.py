@@ -120,8 +120,8 @@ def score_filters(model: nn.Module, block: Block, p: float) -> float:
     """
     norms = []
     for weight in parameters_of(model, block).values():
-        rows = weight.detach().flatten(1).double() if weight.dim() > 1 else weight[:0]
-        if rows.numel() > len(rows):
+        if weight.dim() > 1 and weight.numel() > len(weight):  # else a scale, a shift, or one number a channel
+            rows = weight.detach().flatten(1).double()
             norms.append((rows.abs() ** p).mean(1) ** (1 / p) * rows.shape[1] ** 0.5)
     if not norms:
         raise ConfigError(f"block {block.name} has no weights, so no norm judges it; use criterion 'branch'.")

@@ -26,6 +26,7 @@ from lightning_prune.channels import (
     score_blocks,
     trace_channels,
 )
+from lightning_prune.channels.block_scores import score_filters
 from lightning_prune.errors import BudgetError, ConfigError, EqualityError, MaskMismatchError, PruneError
 from tests.channels.networks import Attention, Net, conv, spread_weights
 from tests.channels.test_compact import OPTIMIZERS, _fingerprint, _same, _train_step
@@ -463,6 +464,21 @@ def test_the_default_score_is_the_branch_over_what_it_is_added_to() -> None:
     assert found == pytest.approx(expected, rel=1e-5)
     assert found["layer1.1"] < 0.1 < found["layer1.0"]
     assert [e["block"] for e in _plan(model, IMAGE, 0.5).left] == ["layer1.1"]
+
+
+def test_norms_of_filters_pass_over_what_has_none() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(6, 6), nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.scale * self.linear(x)
+
+    model = nn.Sequential(nn.Linear(4, 6), Scaled(), nn.Linear(6, 3))
+    (block,) = find_blocks(trace_channels(model, torch.randn(2, 4))).removable
+    expected = float(model[1].linear.weight.detach().norm(dim=1).mean())
+    assert score_filters(model, block, 2.0) == pytest.approx(expected)
 
 
 def test_ties_keep_the_earlier_block() -> None:
