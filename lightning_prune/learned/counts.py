@@ -1,7 +1,6 @@
 """How many entries a density keeps: one meaning for every kind of learned mask."""
 
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any
 
 from lightning_prune.errors import ConfigError, SelectionError
@@ -20,7 +19,6 @@ def check_density(density: Any) -> Fraction:
     return Fraction(str(density))
 
 
-@lru_cache
 def count_kept(density: float, total: int) -> int:
     """``round(density * total)``, half to even: what :func:`lightning_prune.select` keeps of a tensor.
 

@@ -366,6 +366,7 @@ def test_a_mask_of_nan_is_refused(settings: MaskSettings) -> None:
         (lambda: MaskSettings("stochastic", None, start=1.0), ConfigError, "start=1.0"),
         (lambda: MaskSettings(seed=-1), ConfigError, "seed=-1"),
         (lambda: MaskSettings(seed=2**64), ConfigError, "from 0 to 4294967295"),
+        (lambda: [popup_weight(torch.ones(3), torch.ones(3), d) for d in (1.0, True)], ConfigError, "density=True"),
         (lambda: MaskLearner(nn.Linear(4, 1), MaskSettings(density=0.1)), SelectionError, "keeps none of them"),
         (lambda: MaskLearner(nn.BatchNorm1d(4), MaskSettings()), ConfigError, "nothing to prune"),
         (lambda: MaskLearner(nn.Linear(4, 2), MaskSettings(), train=["wieght"]), ConfigError, "train: 'wieght'"),
