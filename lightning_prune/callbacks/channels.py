@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.company import loss_scale
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.kinds import KINDS
 from lightning_prune.callbacks.remover import ChannelRemover, check_count
@@ -246,10 +247,8 @@ class ChannelPruner(ChannelRemover):
         if self.criterion != "taylor" or self._running.round == self.rounds or not self._near_cut(trainer):
             return
         average = self._taylor or self._average(self.trace(trainer, pl_module))
-        scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-        scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        average.add(parameters, scaler.get_scale() if scaled else 1.0)
+        average.add(parameters, loss_scale(trainer, optimizer))
 
     def _average(self, graph: ChannelGraph) -> TaylorAverage | BlockTaylor:
         if self._taylor is None:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.optim import Optimizer
 
 from lightning_prune.callbacks.rewind import LRRewind, WeightRewind
 from lightning_prune.errors import ConfigError, PruneError
@@ -114,6 +115,13 @@ def gradients_may_change(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
         and not type(callback).__module__.startswith(("lightning_prune.", "lightning."))
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     )
+
+
+def loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
+    """What gradients are still multiplied with: fused optimizers unscale within their step."""
+    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
+    scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if scaled else 1.0
 
 
 def compare_ranks(digest: str, what: str = "masks") -> None:

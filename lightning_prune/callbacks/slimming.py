@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.callbacks.company import require_whole_network
+from lightning_prune.callbacks.company import loss_scale, require_whole_network
 from lightning_prune.callbacks.events import PruneEvent
 from lightning_prune.callbacks.examples import early_inputs, find_module, inputs_of
 from lightning_prune.channels.gates import Gates, gated_groups
@@ -241,7 +241,7 @@ class SlimmingRegularizer(Callback):
         self._steps += 1
         if self.gates is not None and self.active:
             parameters = (p for group in optimizer.param_groups for p in group["params"])
-            self.gates.take_gradients(parameters, _loss_scale(trainer, optimizer))
+            self.gates.take_gradients(parameters, loss_scale(trainer, optimizer))
         if self.update != "subgradient" or not self.active:
             return
         scales, clusters = self._of(optimizer)
@@ -254,7 +254,7 @@ class SlimmingRegularizer(Callback):
                 clusters = Clusters(torch.cat([parts[i] for i in kept]))
             scales = [scales[i] for i in kept]
         if scales:
-            add_subgradient_(scales, self.strength * _loss_scale(trainer, optimizer), clusters)
+            add_subgradient_(scales, self.strength * loss_scale(trainer, optimizer), clusters)
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.active:
@@ -331,10 +331,3 @@ class SlimmingRegularizer(Callback):
         """Take up where a checkpoint stands."""
         self.round = int(state_dict["round"])
         self._saved_gates = state_dict.get("gates")
-
-
-def _loss_scale(trainer: pl.Trainer, optimizer: Optimizer) -> float:
-    """What gradients are still multiplied with: fused optimizers unscale within their step."""
-    scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
-    scaled = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-    return float(scaler.get_scale()) if scaled else 1.0
