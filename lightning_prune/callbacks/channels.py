@@ -217,10 +217,8 @@ class ChannelPruner(ChannelRemover):
             graph.keep_whole(without_scale(graph), "no BatchNorm scale judges it")
 
     def plan(self, graph: ChannelGraph, scores: dict[str, Tensor], budget: Budget) -> RemovalPlan:
-        """Choose what leaves, in each group alike or by all scores together."""
-        if self.granularity == "block":
-            return plan_removal(graph, budget, scores, granularity="block")
-        return plan_removal(graph, budget, scores, self.round_to, self.min_channels, self.scope)
+        """Choose what leaves: blocks, or channels, in each group alike or by all scores together."""
+        return plan_removal(graph, budget, scores, self.round_to, self.min_channels, self.scope, self.granularity)
 
     def check_budget(self, graph: ChannelGraph, budget: Budget) -> None:
         """See, before anything is trained, that the last budget can be met.

@@ -131,17 +131,13 @@ def plan_widths(graph: ChannelGraph, widths: Mapping[str, int], scores: ChannelS
         return _plan(graph, wanted, scores)
 
 
-def _check_any(graph: ChannelGraph) -> None:
-    if not graph.groups:
-        raise ConfigError("no channel of this model can leave; graph.explain() says why.")
-
-
 def _plan(
     graph: ChannelGraph,
     choose_widths: Callable[[CostModel, list[np.ndarray]], np.ndarray],
     scores: ChannelScores | None,
 ) -> RemovalPlan:
-    _check_any(graph)
+    if not graph.groups:
+        raise ConfigError("no channel of this model can leave; graph.explain() says why.")
     values = [resolve(scores, group, graph.model).numpy() for group in graph.groups]
     costs = CostModel(graph)
     widths = choose_widths(costs, values)
