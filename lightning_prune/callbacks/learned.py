@@ -110,8 +110,6 @@ class LearnedSupermask(Callback):
         mode: str | None = None,
         seed: int = 0,
     ) -> None:
-        if mode not in (None, "min", "max"):
-            raise ConfigError(f"mode={mode!r} is unknown; choose 'min' or 'max'.")
         self.settings = MaskSettings(method, density, init, scale_fan, rescale, start, seed)
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
             raise ConfigError(f"samples={samples!r}: expected how many masks are drawn in evaluation, 0 or more.")

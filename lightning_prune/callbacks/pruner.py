@@ -62,8 +62,6 @@ class RoundPruner(Callback):
         dirpath: str | Path | None,
         verbose: bool,
     ) -> None:
-        if mode not in (None, "min", "max"):
-            raise ConfigError(f"mode={mode!r} is unknown; choose 'min' or 'max'.")
         self.rounds = rounds
         self.round_length = None if round_length is None else TrainTime.parse(round_length, "round_length")
         if self.round_length is not None and self.round_length.unit == "%":

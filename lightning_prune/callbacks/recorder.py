@@ -17,6 +17,7 @@ from lightning_prune.callbacks.logs import end_numbers, log_numbers
 from lightning_prune.callbacks.rounds import RoundSchedule
 from lightning_prune.callbacks.screen import LiveTable
 from lightning_prune.environment import describe_environment
+from lightning_prune.errors import ConfigError
 from lightning_prune.record import Round, RunRecord, check_free
 from lightning_prune.record.table import header_text, row_text
 
@@ -29,9 +30,14 @@ class RoundRecorder:
         mode: ``"max"`` or ``"min"``; ``None``: as the callback has it, else ``"max"``.
         dirpath: The folder; ``None``: the run folder.
         verbose: Print rows.
+
+    Raises:
+        ConfigError: Another ``mode``.
     """
 
     def __init__(self, monitor: str | None, mode: str | None, dirpath: str | Path | None, verbose: bool) -> None:
+        if mode not in (None, "min", "max"):
+            raise ConfigError(f"mode={mode!r} is unknown; choose 'min' or 'max'.")
         self.record: RunRecord | None = None
         self.folder: Path | None = None
         self._wanted = (monitor, mode, dirpath)
