@@ -272,13 +272,12 @@ class LearnedSupermask(Callback):
         learner = self._learner
         masks = self.masks = self._finish(pl_module, learner)
         compare_ranks(masks.digest())
-        folder = self.folder
-        if folder is not None and trainer.is_global_zero:
-            self._write_ticket(trainer, pl_module, learner, masks, folder / FILE_NAME)
+        ticket = None if self.folder is None else self.folder / FILE_NAME
+        if ticket is not None and trainer.is_global_zero:
+            self._write_ticket(trainer, pl_module, learner, masks, ticket)
         counts: dict[str, Any] = {"kept": masks.kept, "total": masks.total, "digest": masks.digest()}
         counts["per_layer"] = masks.kept_per_tensor()
         self._whole.stopped_early = bool(trainer.should_stop)
-        ticket = None if folder is None else folder / FILE_NAME
         if self._recorder.end_round(trainer, self._whole, counts, [], ticket):
             assert self.record is not None
             send_round_end(trainer, pl_module, self.record)

@@ -175,7 +175,7 @@ class MaskLearner:
     def _put_in(self) -> list[nn.Module]:
         numbers = {id(weight): number for number, weight in enumerate(self._weights.values())}
         scores = list(self.scores.values())
-        computes = [self._compute(number) for number in range(len(scores))]
+        computes = [self._compute(number, one.numel()) for number, one in enumerate(scores)]
         layers = []
         for layer in list(self._module.modules()):
             keys = [key for key, p in layer._parameters.items() if p is not None and id(p) in numbers]
@@ -185,9 +185,8 @@ class MaskLearner:
             layers += [layer] if keys else []
         return layers
 
-    def _compute(self, number: int) -> Any:
+    def _compute(self, number: int, total: int) -> Any:
         settings, passing = self.settings, Passing()
-        total = list(self._weights.values())[number].numel()
         kept = total if settings.density is None else count_kept(settings.density, total)
 
         def popup(frozen: Tensor, scores: Tensor, training: bool) -> Tensor:
