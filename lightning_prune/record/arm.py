@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_prune.errors import ConfigError, FileFormatError
 from lightning_prune.files import read_json, write_json
-from lightning_prune.record.content import decode, encode, to_plain
+from lightning_prune.record.content import check_header, decode, encode, to_plain
 
 FORMAT = "lightning_prune arm"
 VERSION = 1
@@ -211,16 +211,7 @@ class Arm:
         Raises:
             FileFormatError: Foreign, of a later version, with parts missing, or with values out of their range.
         """
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else None
-            raise FileFormatError(f"{where} is no arm of a sweep: its format is {found!r:.80}, expected {FORMAT!r}.")
-        version = content.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise FileFormatError(f"{where} has no valid version: {version!r:.80}, expected 1 to {VERSION}.")
-        if version > VERSION:
-            raise FileFormatError(
-                f"{where} has version {version}, this library reads up to {VERSION}; upgrade lightning-prune."
-            )
+        check_header(content, "arm of a sweep", where, FORMAT, VERSION)
         try:
             given = decode({name: value for name, value in content.items() if name not in ("format", "version")})
             given["cost"] = _cost(given.get("cost"))

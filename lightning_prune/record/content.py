@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_prune.errors import ConfigError
+from lightning_prune.errors import ConfigError, FileFormatError
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -54,3 +54,28 @@ def decode(content: Any) -> Any:
     if isinstance(content, list):
         return [decode(v) for v in content]
     return content
+
+
+def check_header(content: Any, what: str, where: str, wanted: str, newest: int) -> None:
+    """See that content is a record of ours which this version reads: its ``format`` and its ``version``.
+
+    Args:
+        content: From a source that nobody vouches for.
+        what: What it should be, for the message.
+        where: Where it comes from, for the message.
+        wanted: The format.
+        newest: The latest version that can be read; the first is 1.
+
+    Raises:
+        FileFormatError: Foreign, or of a later version.
+    """
+    if not isinstance(content, dict) or content.get("format") != wanted:
+        found = content.get("format") if isinstance(content, dict) else None
+        raise FileFormatError(f"{where} is no {what}: its format is {found!r:.80}, expected {wanted!r}.")
+    version = content.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise FileFormatError(f"{where} has no valid version: {version!r:.80}, expected 1 to {newest}.")
+    if version > newest:
+        raise FileFormatError(
+            f"{where} has version {version}, this library reads up to {newest}; upgrade lightning-prune."
+        )

@@ -76,7 +76,7 @@ class Round(Counted):
         if not isinstance(self.digest, str):
             raise ConfigError(f"{where}: digest={self.digest!r:.80} must be text.")
         if self.unit not in UNITS:
-            raise ConfigError(f"{where}: unit={self.unit!r:.80} must be 'weights', 'channels' or 'blocks'.")
+            raise ConfigError(f"{where}: unit={self.unit!r:.80} must be one of {', '.join(UNITS)}.")
         try:  # tensors and tuples become plain numbers and one order here, so that equality and JSON need no care
             plain = {
                 "per_layer": {str(k): (int(kept), int(total)) for k, (kept, total) in self.per_layer.items()},

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_prune.environment import describe_environment
 from lightning_prune.errors import ConfigError, FileFormatError
 from lightning_prune.files import atomic_write, read_json, write_json
-from lightning_prune.record.content import decode, encode, to_plain
+from lightning_prune.record.content import check_header, decode, encode, to_plain
 from lightning_prune.record.round import Round
 from lightning_prune.record.spreadsheet import write_csv
 
@@ -132,16 +132,7 @@ class RunRecord:
         Raises:
             FileFormatError: Foreign, of a later version, or with parts missing.
         """
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            found = content.get("format") if isinstance(content, dict) else None
-            raise FileFormatError(f"{where} is no run record: its format is {found!r:.80}, expected {FORMAT!r}.")
-        version = content.get("version")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise FileFormatError(f"{where} has no valid version: {version!r:.80}, expected 1 to {VERSION}.")
-        if version > VERSION:
-            raise FileFormatError(
-                f"{where} has version {version}, this library reads up to {VERSION}; upgrade lightning-prune."
-            )
+        check_header(content, "run record", where, FORMAT, VERSION)
         kinds = {"method": dict, "rounds": list, "final": dict, "timing": dict, "environment": dict}
         wrong = [name for name, kind in kinds.items() if not isinstance(content.get(name), kind)]
         seconds = [] if "timing" in wrong else content["timing"].get("seconds")
