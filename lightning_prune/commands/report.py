@@ -5,8 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lightning_prune.commands.output import write_or_print
 from lightning_prune.errors import ConfigError
-from lightning_prune.files import atomic_write
 from lightning_prune.record import RunRecord
 from lightning_prune.reports.beside import Analysed, curves_of_runs, find_analyses
 from lightning_prune.reports.figures import CHARTS, Figure, figures_of
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr)
     if form == "html":
-        _write(page_of(groups, metric, problems, analyses), given.output or "report.html")
+        write_or_print(page_of(groups, metric, problems, analyses), given.output or "report.html")
         return
     for note in notes_on(groups):
         print(f"note: {note}", file=sys.stderr)
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str]) -> None:
         print(f"written: {path}")
     elif form == "md":
         controls = [RunRecord.read(path) for path in given.control]
-        _write(_markdown(groups, runs, controls, metric, not given.no_per_cent), given.output)
+        write_or_print(_markdown(groups, runs, controls, metric, not given.no_per_cent), given.output)
     else:
-        _write(csv_of(*table_of(groups, metric)), given.output)
+        write_or_print(csv_of(*table_of(groups, metric)), given.output)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,12 +107,3 @@ def _markdown(
     if controls or (len(groups) == 1 and equal and best):
         return rounds_table(runs, metric, controls, per_cent=per_cent) + "\n"
     return markdown_of(*table_of(groups, metric)) + "\n"
-
-
-def _write(text: str, output: str | None) -> None:
-    if output is None:
-        print(text, end="")
-        return
-    with atomic_write(output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"written: {output}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_prune.files import atomic_write
+from lightning_prune.commands.output import write_or_print
 from lightning_prune.reports.document import picture
 from lightning_prune.reports.sweep.cells import choose_metric, read_arms
 from lightning_prune.reports.sweep.charts import charts_of, key_of
@@ -34,13 +34,13 @@ def main(arguments: Sequence[str]) -> None:
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if form == "html":
-        _write(sweep_page(result), given.out or "report.html")
+        write_or_print(sweep_page(result), given.out or "report.html")
     elif form == "md":
-        _write(markdown(result), given.out)
+        write_or_print(markdown(result), given.out)
     elif form == "csv":
-        _write(csv_of(*numbers(result)), given.out)
+        write_or_print(csv_of(*numbers(result)), given.out)
     else:
-        _write(json.dumps(content(result), indent=1, allow_nan=False) + "\n", given.out)
+        write_or_print(json.dumps(content(result), indent=1, allow_nan=False) + "\n", given.out)
     if given.pictures is not None:
         _pictures(result, Path(given.pictures))
 
@@ -61,13 +61,4 @@ def _pictures(result: SweepResult, folder: Path) -> None:
         name = re.sub(r"[^\w.-]", "_", network)
         for chart in charts_of(result, network):
             path = folder / f"{name}-{chart.quantity}.svg"
-            _write(picture(chart.drawn(key_of(result, network))), str(path))
-
-
-def _write(text: str, out: str | None) -> None:
-    if out is None:
-        print(text, end="")
-        return
-    with atomic_write(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    print(f"written: {out}")
+            write_or_print(picture(chart.drawn(key_of(result, network))), path)

@@ -54,6 +54,12 @@ class Spread:
         return cls(sum(finite) / len(finite), min(finite), max(finite), len(finite)) if finite else None
 
 
+def spreads_of(values: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    """The spread of each quantity; those without a finite value are left out."""
+    spreads = {name: Spread.of(own) for name, own in values.items()}
+    return {name: spread for name, spread in spreads.items() if spread is not None}
+
+
 @dataclass(frozen=True)
 class Point:
     """One round of a group: :data:`QUANTITIES` by name, and ``metric``; what no run knows is left out."""
@@ -162,8 +168,7 @@ def points_of(runs: Sequence[RunRecord], metric: str) -> tuple[Point, ...]:
             if number < len(run.rounds):
                 for name, value in _numbers(run, run.rounds[number], metric).items():
                     found.setdefault(name, []).append(value)
-        spreads = {name: Spread.of(values) for name, values in found.items()}
-        points.append(Point(number, {name: spread for name, spread in spreads.items() if spread is not None}))
+        points.append(Point(number, spreads_of(found)))
     return tuple(points)
 
 

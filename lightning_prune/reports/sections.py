@@ -5,7 +5,7 @@ from html import escape
 
 from lightning_prune.record import RunRecord
 from lightning_prune.reports.figures import label_of
-from lightning_prune.reports.runs import Group, Spread
+from lightning_prune.reports.runs import Group, Spread, spreads_of
 from lightning_prune.reports.svg import colour_of
 from lightning_prune.reports.tables import Cell, cell_text, table_of
 
@@ -89,8 +89,7 @@ def final_metrics(group: Group) -> dict[str, Spread]:
         for name, value in run.final.items():
             if isinstance(value, int | float):
                 found.setdefault(name, []).append(float(value))
-    spreads = {name: Spread.of(values) for name, values in found.items()}
-    return {name: spread for name, spread in spreads.items() if spread is not None}
+    return spreads_of(found)
 
 
 def duration(seconds: float) -> str:
@@ -213,17 +212,21 @@ def frozen(groups: Sequence[Group]) -> str:
     )
 
 
+def surroundings(each: Iterable[Mapping[str, Any]]) -> str:
+    """A list of versions and devices, all that runs or arms had of each."""
+    found: dict[str, dict[str, None]] = {}
+    for own in each:
+        for name, value in own.items():
+            if value is not None:
+                found.setdefault(str(name), {})[str(value)] = None
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape('; '.join(values))}</dd>" for name, values in found.items())
+    return f'<dl class="where">{items}</dl>'
+
+
 def where(groups: Sequence[Group]) -> str:
     """Versions and devices, and every run with its folder."""
-    found: dict[str, dict[str, None]] = {}
-    for group in groups:
-        for run in group.runs:
-            for name, value in run.environment.items():
-                if value is not None:
-                    found.setdefault(str(name), {})[str(value)] = None
     if not groups:
         return ""
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape('; '.join(values))}</dd>" for name, values in found.items())
     runs = [(index, run) for index, group in enumerate(groups) for run in group.runs]
     lines = "".join(
         f"<tr>{''.join(f'<td>{escape(cell_text(cell))}</td>' for cell in _run(index, run))}</tr>" for index, run in runs
@@ -232,7 +235,7 @@ def where(groups: Sequence[Group]) -> str:
     head = f"<thead><tr>{''.join(f'<th>{name}</th>' for name in names)}</tr></thead>"
     table = f'<div class="scroll"><table class="words">{head}<tbody>{lines}</tbody></table></div>'
     return (
-        f'<h2>Where the runs ran</h2><dl class="where">{items}</dl>'
+        f"<h2>Where the runs ran</h2>{surroundings(run.environment for _, run in runs)}"
         f"<details><summary>{count_text(len(runs), 'run')}, one by one</summary>{table}</details>"
     )
 

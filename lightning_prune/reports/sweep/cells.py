@@ -11,7 +11,7 @@ from lightning_prune.errors import ConfigError, FileFormatError
 from lightning_prune.progress import progress
 from lightning_prune.record import ARM_NAME, Arm
 from lightning_prune.record.arm import KEPT
-from lightning_prune.reports.runs import Spread
+from lightning_prune.reports.runs import Spread, spreads_of
 
 ROLES: dict[str, str] = {
     "scratch_cost": "from scratch, equal cost",
@@ -199,7 +199,6 @@ def _cell(arms: Sequence[Arm], metric: str, before: str | None, dense: Sequence[
     found["seconds"] = [arm.cost.seconds for arm in arms]
     whole = float(np.mean(dense)) if dense else 0.0
     found["cost"] = [arm.cost.macs / whole for arm in arms] if whole else []
-    spreads = {name: Spread.of(values) for name, values in found.items()}
     return Cell(
         first.network,
         first.method,
@@ -210,6 +209,6 @@ def _cell(arms: Sequence[Arm], metric: str, before: str | None, dense: Sequence[
         first.of,
         tuple(arms),
         reached,
-        {name: spread for name, spread in spreads.items() if spread is not None},
+        spreads_of(found),
         (min(own.low for own in measured), max(own.high for own in measured)) if measured else None,
     )

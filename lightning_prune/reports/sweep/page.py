@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from lightning_prune.reports.document import chart_content, document
-from lightning_prune.reports.sections import count_text, duration
+from lightning_prune.reports.sections import count_text, duration, surroundings
 from lightning_prune.reports.sweep.cells import ROLES, Cell
 from lightning_prune.reports.sweep.charts import charts_of, entries_of
 from lightning_prune.reports.sweep.result import SweepResult
@@ -140,12 +140,6 @@ def _cell(text: str) -> str:
 
 def _where(result: SweepResult) -> str:
     """Versions, and every arm with its folder."""
-    found: dict[str, dict[str, None]] = {}
-    for arm in result.arms:
-        for name, value in arm.versions.items():
-            if value is not None:
-                found.setdefault(name, {})[str(value)] = None
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape('; '.join(values))}</dd>" for name, values in found.items())
     lines = []
     for arm in result.arms:
         value = arm.metrics.get(result.metric)
@@ -161,7 +155,8 @@ def _where(result: SweepResult) -> str:
     names = ("network", "method", "budget", "seed", f"{result.metric}{result.unit}", "multiply-adds spent")
     head = "".join(f"<th>{escape(name)}</th>" for name in (*names, "off its limit", "time", "folder"))
     return (
-        f'<h2>Where it ran</h2><dl class="where">{items}</dl><details><summary>{count_text(len(lines), "arm")}, one by '
-        f'one (each folder\'s arm.json holds the commands)</summary><div class="scroll"><table class="words"><thead>'
+        f"<h2>Where it ran</h2>{surroundings(arm.versions for arm in result.arms)}"
+        f"<details><summary>{count_text(len(lines), 'arm')}, one by one (each folder's arm.json holds the commands)"
+        f'</summary><div class="scroll"><table class="words"><thead>'
         f"<tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
     )
