@@ -10,8 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.masks import MaskSet
 from lightning_prune.sharding import local, part_like
 
-# With a zero gradient, zero state and a zero weight these leave the weight at zero, so the weights need no pass.
-_LEAVE_ZEROS_ALONE = (
+ENTRY_BY_ENTRY = (
     torch.optim.SGD,
     torch.optim.Adam,
     torch.optim.AdamW,
@@ -23,6 +22,11 @@ _LEAVE_ZEROS_ALONE = (
     torch.optim.Adadelta,
     torch.optim.Rprop,
 )
+"""Optimizers that move each entry by its own gradient and state alone.
+
+With zeros for both they leave a zero weight at zero, so masked weights need no pass; copies of a network in one of them
+do as in one each.
+"""
 # Second moments: at a pruned entry they divide a zero, so any positive value will do, and 1 is kinder than 0: on some
 # CPUs the square root of an exact 0 takes seven times as long as another (Adam's step of LeNet-300-100: 0.7 or 1.4 ms).
 _DIVISORS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
@@ -80,7 +84,7 @@ class MaskEnforcer:
         self._optimizers = list(optimizers)
         for optimizer in self._optimizers:
             divides_by_zero = any(group.get("eps") == 0 for group in optimizer.param_groups)
-            safe = type(optimizer) in _LEAVE_ZEROS_ALONE and not divides_by_zero and not every_step
+            safe = type(optimizer) in ENTRY_BY_ENTRY and not divides_by_zero and not every_step
             self._handles.append(optimizer.register_step_post_hook(self._after_safe_step if safe else self._after_step))
             if manual:
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
@@ -140,7 +144,7 @@ class MaskEnforcer:
                     if isinstance(value, Tensor) and value.shape == parameter.shape:
                         part = local(value)
                         _zero_any(part, bits)
-                        if key in _DIVISORS and type(optimizer) in _LEAVE_ZEROS_ALONE:
+                        if key in _DIVISORS and type(optimizer) in ENTRY_BY_ENTRY:
                             part.masked_fill_(bits == 0, 1)
 
     def _before_step(self, *_: object) -> None:

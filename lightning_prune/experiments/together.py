@@ -11,24 +11,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_prune.callbacks import IterativeMagnitudePruner
+from lightning_prune.callbacks.enforce import ENTRY_BY_ENTRY
 from lightning_prune.checkpoint import Ticket
 from lightning_prune.errors import ConfigError, EqualityError, FileFormatError
 from lightning_prune.experiments.classifier import ImageClassifier
 from lightning_prune.masks import MaskSet
 
-# Each entry is moved by its own gradient and state alone, so that copies in one optimizer do as in one each.
-_ENTRY_BY_ENTRY = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Rprop,
-)
 _NAME = re.compile(r"(^|\.)copies\.(\d+)\.")
 
 
@@ -148,10 +136,10 @@ class TogetherClassifier(ImageClassifier):
         """See that optimizers and schedules do not couple the copies."""
         self._compared = False
         for optimizer in self.trainer.optimizers:
-            if type(optimizer) not in _ENTRY_BY_ENTRY:
+            if type(optimizer) not in ENTRY_BY_ENTRY:
                 raise ConfigError(
                     f"{type(optimizer).__name__} may look at several parameters at once, and copies would depend on "
-                    f"each other. Choose one of {', '.join(kind.__name__ for kind in _ENTRY_BY_ENTRY)}."
+                    f"each other. Choose one of {', '.join(kind.__name__ for kind in ENTRY_BY_ENTRY)}."
                 )
         if any(config.reduce_on_plateau for config in self.trainer.lr_scheduler_configs):
             raise ConfigError("a reduce-on-plateau schedule would be driven by all copies at once. Choose another.")

@@ -1,7 +1,8 @@
 """The parts of a report's page that are text: methods, rounds, layers, what stayed, where the runs ran."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import Any
 
 from lightning_prune.record import RunRecord
 from lightning_prune.reports.figures import label_of
