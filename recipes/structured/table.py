@@ -18,13 +18,12 @@ from lightning_prune.record import JSON_NAME, RunRecord
 
 ARMS = ("untouched", "slimming", "hrank", "l1", "random", "scratch", "narrowed", "scratch-cost", "narrowed-cost")
 COLUMNS = (
-    "arm", "seeds", "MACs kept", "parameters kept", "latency kept", "training cost",
+    "arm", "seeds", "MACs kept", "parameters kept", "training cost",
     "before", "right after", "at the end", "test",
 )  # fmt: skip
 FIRST, THEN = 300, 150  # steps before and after the cut
 NETWORKS = {"resnet20": (ResNet20, 0.5), "vgg16": (VGG16BN, 0.25)}
 X = torch.rand(64, 3, 32, 32)
-TIMED: dict[Any, float] = {}
 
 
 def logged(folder: Path) -> dict[str, float]:
@@ -41,29 +40,35 @@ def finished(folder: Path) -> bool:
     return (folder / "metrics.csv").exists() and "test_acc" in logged(folder)
 
 
-def kept(small: nn.Module, network: str) -> dict[str, float]:
-    """What a network keeps of the dense one: parameters, multiply-adds, and latency by turns, timed now."""
+def network_of(folder: Path, network: str, arm: str) -> nn.Module:
+    """The network of a narrowed arm's widths, or the one that a cut has left."""
     build, width = NETWORKS[network]
-    dense = build(width=width)
-    costs, now = count_costs(dense, X), count_costs(small, X)
-    found = {"params": now.params.total / costs.params.total, "macs": now.macs.total / costs.macs.total}
-    shapes = tuple(tuple(p.shape) for p in small.parameters())
-    if shapes not in TIMED:  # arms of one shape share a measurement
-        TIMED[shapes] = compare_latency(dense, small, X, seconds=1.0).ratio
-    return found | {"latency": TIMED[shapes]}
-
-
-def compact_costs(folder: Path, network: str) -> dict[str, float]:
-    """Of the network that a cut has left."""
-    build, width = NETWORKS[network]
-    return kept(compacted(build(width=width), folder / COMPACT_NAME), network)
-
-
-def narrow_costs(folder: Path, network: str) -> dict[str, float]:
-    """Of a narrowed network."""
+    if not arm.startswith("narrowed"):
+        return compacted(build(width=width), folder / COMPACT_NAME)
     with (folder / "config.yaml").open() as file:
         own = yaml.safe_load(file)["model"]["init_args"]["network"]["init_args"]
-    return kept(NETWORKS[network][0](width=own["width"]), network)
+    return build(width=own["width"])
+
+
+def kept(folder: Path, network: str, arm: str) -> dict[str, float]:
+    """What a network keeps of the dense one: parameters and multiply-adds."""
+    build, width = NETWORKS[network]
+    costs, now = count_costs(build(width=width), X), count_costs(network_of(folder, network, arm), X)
+    return {"params": now.params.total / costs.params.total, "macs": now.macs.total / costs.macs.total}
+
+
+def print_latency(home: Path, network: str) -> None:
+    """Latency kept by one seed's networks, by turns with the dense one; L1's widths are HRank's and random's too."""
+    build, width = NETWORKS[network]
+    print(f"\nlatency kept, {home.name}, in % (95 % interval)\n\n| widths | 50 % | 25 % |\n| --- | --- | --- |")
+    for arm in ("slimming", "l1", "narrowed"):
+        cells = []
+        for percent in ("50", "25"):
+            folder = home / f"{arm}-{percent}"
+            small = network_of(folder, network, arm).eval() if finished(folder) else None
+            found = small and compare_latency(build(width=width).eval(), small, X, seconds=6.0)
+            cells.append(f"{100 * found.ratio:.1f} ({100 * found.low:.1f} to {100 * found.high:.1f})" if found else "")
+        print(f"| {' | '.join([arm, *cells])} |", flush=True)
 
 
 def row_of(home: Path, network: str, arm: str, percent: str) -> dict[str, Any]:
@@ -74,12 +79,9 @@ def row_of(home: Path, network: str, arm: str, percent: str) -> dict[str, Any]:
     found = logged(home / name)
     row: dict[str, Any] = {"at the end": found["val_acc"], "test": found["test_acc"]}
     if arm == "untouched":
-        return row | {"MACs kept": 1.0, "parameters kept": 1.0, "latency kept": 1.0, "training cost": FIRST + THEN}
-    if arm.startswith("narrowed"):
-        costs = narrow_costs(home / name, network)
-    else:
-        costs = compact_costs(home / (f"slimming-{percent}" if arm.startswith("scratch") else name), network)
-    row |= {"MACs kept": costs["macs"], "parameters kept": costs["params"], "latency kept": costs["latency"]}
+        return row | {"MACs kept": 1.0, "parameters kept": 1.0, "training cost": FIRST + THEN}
+    costs = kept(home / (f"slimming-{percent}" if arm.startswith("scratch") else name), network, arm)
+    row |= {"MACs kept": costs["macs"], "parameters kept": costs["params"]}
     if arm.startswith(("scratch", "narrowed")):
         return row | {"training cost": found["step"] * costs["macs"]}
     record = RunRecord.read(home / name / JSON_NAME)
@@ -101,7 +103,7 @@ def cell(values: list[float | None], column: str) -> str:
 
 
 def main(folder: Path) -> None:
-    """Print one table for each network."""
+    """Print two tables for each network."""
     homes: dict[str, list[Path]] = defaultdict(list)
     for home in sorted(folder.glob("*-seed*")):
         homes[home.name.partition("-seed")[0]].append(home)
@@ -116,6 +118,7 @@ def main(folder: Path) -> None:
                     label = f"{arm.replace('-cost', ', equal cost')}{', ' + percent + ' %' if percent else ''}"
                     cells = [cell([row.get(column) for row in rows], column) for column in COLUMNS[2:]]
                     print(f"| {' | '.join([label, str(len(rows)), *cells])} |")
+        print_latency(seeds[0], network)
 
 
 if __name__ == "__main__":
