@@ -1,8 +1,7 @@
 """The product of compressed rows with a matrix, compiled for the processor at hand by Numba (``pip install numba``).
 
-torch's own product of compressed rows passes over the result once for every weight. This one takes eight weights of a
-row at a time, so that an entry of the result is loaded and stored an eighth as often; the matrix is read in pieces of
-rows that stay in the cache.
+torch's own product of compressed rows passes over the result once for every weight. This one holds the sums of a row in
+registers, for a few vectors of columns at a time, so that a weight costs one load and one multiply-add for each vector.
 """
 
 import functools
@@ -16,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-COLUMNS = 512  # of the matrix at a time: two kilobytes of each of its rows
+from lightning_prune.compiled_vectors import BYTES, row_times_columns, transpose_tile
+
+MOST_UNITS = 4  # vectors of columns at a time: as many sums hide how long a multiply-add takes
+CONFLICTING = 32  # vectors in a row, or a multiple: in most caches, the same places of all rows share a few lines
 SMALLEST_SHARE = 2**20  # multiply-adds that are worth a thread's start
 DTYPES = (torch.float32, torch.float64)
 
@@ -41,20 +43,20 @@ def multiplier(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor) ->
         bias: One for each row, (rows, 1) or (rows,).
 
     Returns:
-        From a matrix (columns of the weight, n) of the same data type, copied where its rows are not contiguous, to
-        (rows, n). It reads the memory of these tensors for as long as it lives.
+        From a matrix (columns of the weight, n) of the same data type, copied where its rows are no whole vectors one
+        after the other, to (rows, n). It reads the memory of these tensors for as long as it lives.
     """
-    kernel, rows = _kernel(), len(starts) - 1
+    kernel, rows, lanes = _product(values.element_size()), len(starts) - 1, BYTES // values.element_size()
     parts = [tensor.detach().numpy() for tensor in (starts, columns, values, bias.reshape(-1))]
 
     def multiply(matrix: Tensor) -> Tensor:
-        matrix = matrix.detach().contiguous()
-        out = matrix.new_empty(rows, matrix.shape[1])
-        arrays = [*parts, matrix.numpy(), out.numpy()]
-        shares = min(torch.get_num_threads(), len(parts[1]) * matrix.shape[1] // SMALLEST_SHARE)
+        count = matrix.shape[1]
+        out = matrix.new_empty(rows, max(count, lanes))
+        arrays = [*parts, _laid_out(matrix.detach(), lanes).numpy(), out.numpy()]
+        shares = min(torch.get_num_threads(), len(parts[1]) * count // SMALLEST_SHARE)
         if shares < 2:
             kernel(*arrays, 0, rows)
-            return out
+            return out[:, :count]
         # rows are cut where each share has as many weights
         wanted = np.linspace(0, len(parts[1]), shares + 1)[1:-1]
         cuts = [0, *np.searchsorted(parts[0], wanted).clip(0, rows).tolist(), rows]
@@ -63,7 +65,7 @@ def multiplier(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor) ->
         wait(jobs)
         for job in jobs:
             job.result()
-        return out
+        return out[:, :count]
 
     return multiply
 
@@ -73,37 +75,77 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="lightning_prune_rows")
 
 
+def _laid_out(matrix: Tensor, lanes: int) -> Tensor:
+    """The matrix with rows of whole vectors, one after the other in memory; what is after its columns does not count.
+
+    So that a vector is one line of the cache, not parts of two; and that rows do not all fall on the same few lines.
+    """
+    rows, count = matrix.shape
+    vectors = -(-count // lanes)
+    vectors += vectors % CONFLICTING == 0
+    if matrix.is_contiguous() and count == vectors * lanes:
+        return matrix
+    # numbers after few columns are multiplied too: zeros, since what memory holds by chance may be slow to compute with
+    new = matrix.new_zeros if count < lanes else matrix.new_empty
+    laid_out, source = new(rows, vectors * lanes), matrix.t()
+    if source.is_contiguous() and min(matrix.shape) >= lanes:
+        _transposition(matrix.element_size())(source.numpy(), laid_out.numpy())
+    else:
+        laid_out[:, :count] = matrix
+    return laid_out
+
+
 @functools.cache
-def _kernel() -> Callable[..., None]:
-    """The compiled loop; it leaves the interpreter's lock to others."""
+def _product(size: int) -> Callable[..., None]:
+    """The compiled loop over rows; it leaves the interpreter's lock to others."""
     import numba
+
+    lanes = BYTES // size
+    one, two, three, four = (row_times_columns(units, size) for units in range(1, MOST_UNITS + 1))
 
     def rows_times_matrix(
         starts: Any, columns: Any, values: Any, bias: Any, matrix: Any, out: Any, first: int, last: int
     ) -> None:
-        for left in range(0, matrix.shape[1], COLUMNS):
-            right = min(left + COLUMNS, matrix.shape[1])
+        count, stride = out.shape[1], size * matrix.shape[1]
+        weights, places, begin, end = values.ctypes.data, columns.ctypes.data, matrix.ctypes.data, out.ctypes.data
+        done = 0
+        while done < count:
+            units = min((count - done - 1) // lanes + 1, MOST_UNITS, count // lanes)
+            left = min(done, count - units * lanes)  # the last vectors may do columns again
+            done = left + units * lanes
+            source = begin + np.uint64(size * left)
             for row in range(first, last):
-                sums = out[row, left:right]
-                sums[:] = bias[row]
-                at, end = starts[row], starts[row + 1]
-                while at + 8 <= end:
-                    v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
-                    v4, v5, v6, v7 = values[at + 4], values[at + 5], values[at + 6], values[at + 7]
-                    m0, m1 = matrix[columns[at], left:right], matrix[columns[at + 1], left:right]
-                    m2, m3 = matrix[columns[at + 2], left:right], matrix[columns[at + 3], left:right]
-                    m4, m5 = matrix[columns[at + 4], left:right], matrix[columns[at + 5], left:right]
-                    m6, m7 = matrix[columns[at + 6], left:right], matrix[columns[at + 7], left:right]
-                    for j in range(right - left):
-                        sums[j] += (
-                            v0 * m0[j] + v1 * m1[j] + v2 * m2[j] + v3 * m3[j]
-                            + v4 * m4[j] + v5 * m5[j] + v6 * m6[j] + v7 * m7[j]
-                        )  # fmt: skip
-                    at += 8
-                while at < end:
-                    v0, m0 = values[at], matrix[columns[at], left:right]
-                    for j in range(right - left):
-                        sums[j] += v0 * m0[j]
-                    at += 1
+                target = end + np.uint64(size * (row * count + left))
+                a, b = starts[row], starts[row + 1]
+                if units == 4:
+                    four(weights, places, a, b, source, stride, bias[row], target)
+                elif units == 3:
+                    three(weights, places, a, b, source, stride, bias[row], target)
+                elif units == 2:
+                    two(weights, places, a, b, source, stride, bias[row], target)
+                else:
+                    one(weights, places, a, b, source, stride, bias[row], target)
 
-    return numba.njit(nogil=True, fastmath={"contract", "reassoc"})(rows_times_matrix)
+    return numba.njit(nogil=True)(rows_times_matrix)
+
+
+@functools.cache
+def _transposition(size: int) -> Callable[..., None]:
+    """The compiled transposition of a matrix of at least one tile."""
+    import numba
+
+    lanes = BYTES // size
+    tile = transpose_tile(size)
+
+    def transpose(source: Any, target: Any) -> None:
+        rows, columns = source.shape
+        begin, end = source.ctypes.data, target.ctypes.data
+        for across in range(0, columns, lanes):
+            column = min(across, columns - lanes)  # the last tiles may do entries again
+            for down in range(0, rows, lanes):
+                row = min(down, rows - lanes)
+                one = begin + np.uint64(size * (row * columns + column))
+                other = end + np.uint64(size * (column * target.shape[1] + row))
+                tile(one, size * columns, other, size * target.shape[1])
+
+    return numba.njit(nogil=True)(transpose)

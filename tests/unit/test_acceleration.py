@@ -98,21 +98,46 @@ def test_compressed_convolution_is_the_convolution(options: dict[str, Any], comp
         torch.testing.assert_close(CompressedConv2d(layer, compiled)(x), layer(x))
 
 
+LAYOUTS = {
+    "rows": lambda matrix: matrix,
+    "columns": lambda matrix: matrix.t().contiguous().t(),
+    "neither": lambda matrix: matrix.repeat_interleave(2, 1)[:, ::2],
+}
+
+
 @pytest.mark.skipif(find_spec("numba") is None, reason="Numba is missing")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_compiled_rows_are_the_product(threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against NumPy: rows with no weight, some and all, pieces of columns that do not divide, shares of rows."""
+    """Against NumPy: rows with no weight, some and all; columns of any number and layout; shares of rows."""
     monkeypatch.setattr(compiled_rows, "SMALLEST_SHARE", 1000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     density = torch.linspace(0, 1, 21)[:, None]
-    weight = torch.randn(21, 37, dtype=dtype) * (torch.rand(21, 37) < density)
-    bias, matrix = torch.randn(21, dtype=dtype), torch.randn(1037, 37, dtype=dtype).t()
-    rows = scipy.sparse.csr_array(weight.numpy())
-    parts = (torch.from_numpy(part) for part in (rows.indptr, rows.indices, rows.data))
-    found = compiled_rows.multiplier(*parts, bias)(matrix)
-    expected = weight.numpy() @ matrix.numpy() + bias.numpy()[:, None]
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=1e-5)
+    for inputs in (5, 37):  # smaller than a tile of the transposition, and no multiple of one
+        weight = torch.randn(21, inputs, dtype=dtype) * (torch.rand(21, inputs) < density)
+        bias = torch.randn(21, dtype=dtype)
+        rows = scipy.sparse.csr_array(weight.numpy())
+        parts = (torch.from_numpy(part) for part in (rows.indptr, rows.indices, rows.data))
+        multiply = compiled_rows.multiplier(*parts, bias)
+        for count in (0, 1, 7, 8, 15, 16, 20, 33, 64, 101, 128, 512, 1037):
+            matrix = torch.randn(inputs, count, dtype=dtype)
+            expected = weight.numpy() @ matrix.numpy() + bias.numpy()[:, None]
+            tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-13}
+            for name, lay_out in LAYOUTS.items():
+                found = multiply(lay_out(matrix))
+                np.testing.assert_allclose(found.numpy(), expected, **tolerance, err_msg=f"{name}, {count} columns")
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="Numba is missing")
+def test_compiled_rows_take_what_lies_beyond_the_columns_for_nothing() -> None:
+    """Infinity and NaN beside the matrix in memory stay out of the product, and nothing beside the result changes."""
+    weight, memory = torch.ones(3, 4).to_sparse_csr(), torch.full((4, 48), torch.nan)
+    matrix = memory[:, 16:21]
+    matrix.fill_(1)
+    parts = (weight.crow_indices().int(), weight.col_indices().int(), weight.values())
+    found = compiled_rows.multiplier(*parts, torch.zeros(3))(matrix)
+    assert found.tolist() == [[4.0] * 5] * 3
+    assert int(memory.isnan().sum()) == 4 * 43
 
 
 def test_without_numba_torch_computes_the_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,16 @@ LAYERS: list[set[str]] = [
     | {"sharding", "sharded_ranking"},
     {"masks", "scores", "named_scores", "actions", "selection", "settling", "record", "costs"},
     {"channels", "learned"},
-    {"acceleration", "compressed", "compiled_rows", "connectivity", "checkpoint", "compact_files", "export"},
+    {
+        "acceleration",
+        "compressed",
+        "compiled_rows",
+        "compiled_vectors",
+        "connectivity",
+        "checkpoint",
+        "compact_files",
+        "export",
+    },
     {"resume"},  # Lightning is known from here up
     {"callbacks"},
     {"experiments", "recipes", "reports"},
