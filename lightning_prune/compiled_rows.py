@@ -8,7 +8,6 @@ import functools
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,17 @@ import torch
 from torch import Tensor
 
 from lightning_prune.compiled_vectors import BYTES, row_times_columns, transpose_tile
+from lightning_prune.compiling import can_compile
 
 MOST_UNITS = 4  # vectors of columns at a time: as many sums hide how long a multiply-add takes
 CONFLICTING = 32  # vectors in a row, or a multiple: in most caches, the same places of all rows share a few lines
-SMALLEST_SHARE = 2**20  # multiply-adds that are worth a thread's start
+SMALLEST_SHARE = 2**22  # multiply-adds that are worth waking a thread, which takes as long as some four million
 DTYPES = (torch.float32, torch.float64)
 
 
 def available(tensor: Tensor) -> bool:
     """Whether there is a compiled product for tensors of this kind: on a CPU, float32 or float64, with Numba."""
-    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and _installed()
-
-
-@functools.cache
-def _installed() -> bool:
-    return find_spec("numba") is not None  # looks through folders, at every forward pass if it were asked there
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and can_compile()
 
 
 def multiplier(starts: Tensor, columns: Tensor, values: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:

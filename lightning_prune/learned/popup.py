@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from lightning_prune.errors import SelectionError
+from lightning_prune.learned import fused
 from lightning_prune.learned.counts import count_kept
 from lightning_prune.learned.top import TopMask
 
@@ -62,6 +63,10 @@ class _Popup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scores, weight = ctx.saved_tensors
+        if not torch.is_grad_enabled() and fused.usable(grads[0], weight, scores):
+            out = torch.empty_like(weight)
+            fused.times_sign(out, grads[0], weight, scores)
+            return out, None, None, None
         return torch.mul(grads[0], weight).mul_(torch.sign(scores)), None, None, None
 
 

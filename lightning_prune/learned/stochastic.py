@@ -9,6 +9,7 @@ from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 from lightning_prune.errors import ConfigError, SelectionError
+from lightning_prune.learned import fused
 from lightning_prune.learned.counts import check_density
 from lightning_prune.learned.pieces import pieces
 from lightning_prune.learned.popup import check_alike
@@ -64,8 +65,7 @@ class _Sampled(torch.autograd.Function):
         probabilities = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         for out, frozen, probability, logit in pieces(passed, weight, probabilities, logits):
             torch.sigmoid(logit, out=probability)
-            level = levels.next(out.numel()).to(probability.dtype)
-            kept += _pass(out, frozen, torch.sub(probability, level, alpha=1 / _LEVELS, out=level))
+            kept += _pass(out, frozen, probability, levels.next(out.numel()))
         if kept == 0:
             raise SelectionError(
                 f"a layer of {weight.numel()} weights sampled none of them (their mean probability is "
@@ -98,14 +98,19 @@ class _Sampled(torch.autograd.Function):
 _OVER = 0.5 + 0.5 / _LEVELS
 
 
-def _pass(out: Tensor, weight: Tensor, distance: Tensor) -> int:
+def _pass(out: Tensor, weight: Tensor, probability: Tensor, level: Tensor) -> int:
     """Write ``weight`` where a probability exceeds its level, else 0; how many do.
 
     Args:
         out: Flat.
         weight: Of its shape.
-        distance: Probability - level / 2**16, where levels are the whole numbers from -32768 on.
+        probability: Of its shape.
+        level: In units of 2**-16, from -32768 on.
     """
+    if fused.usable(out, weight, probability):
+        return fused.pass_over(out, weight, probability, level, 1 / _LEVELS, _OVER)
+    level = level.to(probability.dtype)
+    distance = torch.sub(probability, level, alpha=1 / _LEVELS, out=level)
     if distance.device.type == "cpu":
         count = int(np.count_nonzero(distance.numpy() > _OVER))
     else:

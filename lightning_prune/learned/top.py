@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.learned import fused
 from lightning_prune.learned.pieces import PIECE
 from lightning_prune.selection import select
 
@@ -31,6 +32,7 @@ class TopMask:
         self._width = 0.0  # of half the bracket
         self._sides: np.ndarray | None = None  # of each value at the last call
         self._kept = 0
+        self._bracket: _Bracket | None = None
 
     def update(self, values: Tensor, kept: int) -> Changes | Tensor:
         """Find them.
@@ -64,7 +66,8 @@ class TopMask:
     def _near(self, flat: np.ndarray, sides: np.ndarray) -> Changes | None:
         guess = self._at + self._speed
         low, high = flat.dtype.type(guess - self._width), flat.dtype.type(guess + self._width)
-        odd = _elsewhere(flat, low, high, sides)
+        assert self._bracket is not None
+        odd = self._bracket.odd(flat, low, high, sides)
         magnitudes, before = np.abs(flat[odd]), sides[odd] == _ABOVE
         kept = np.count_nonzero(before)
         if kept == 0 or len(odd) * _MANY > len(flat):
@@ -92,6 +95,7 @@ class TopMask:
             self._move(at, 0.0, 1.0)
             self._width = min(max(self._width, 0.002 * at), 0.02 * at)
             self._sides, self._kept = np.where(mask.view(-1).numpy(), _ABOVE, _BELOW), kept
+            self._bracket = _Bracket(values)
         return mask
 
     def _move(self, bound: float, speed: float, wider: float) -> None:
@@ -104,22 +108,43 @@ def _is_fast(values: Tensor) -> bool:
     return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
-def _elsewhere(flat: np.ndarray, low: np.floating, high: np.floating, sides: np.ndarray) -> np.ndarray:
-    """Where magnitudes lie inside a bracket, or on another side of it than ``sides`` has them.
+class _Bracket:
+    """Finds the values of one tensor that lie inside a bracket, or on another side of it than before.
 
-    NumPy compares into bytes and picks by them several times as fast as torch.
+    Without Numba, NumPy compares into bytes and picks by them several times as fast as torch. Results go where those of
+    the last call were: fresh memory would cost as much as the comparisons.
+
+    Args:
+        values: Like those that will be looked through.
     """
-    size = min(PIECE, len(flat))
-    magnitudes, above = np.empty(size, flat.dtype), np.empty(size, bool)
-    odd = np.empty(len(flat), bool)
-    for start in range(0, len(flat), PIECE):
-        stop = min(start + PIECE, len(flat))
-        if stop - start < size:
-            magnitudes, above = magnitudes[: stop - start], above[: stop - start]
-        mark = odd[start:stop]
-        np.abs(flat[start:stop], out=magnitudes)
-        np.greater(magnitudes, high, out=above)
-        np.less(magnitudes, low, out=mark)
-        side = np.subtract(above.view(np.uint8), mark.view(np.uint8), out=above.view(np.uint8))
-        np.not_equal(side, sides[start:stop], out=mark)
-    return odd.nonzero()[0]
+
+    def __init__(self, values: Tensor) -> None:
+        self._compiled = fused.usable(values)
+        if self._compiled:
+            self._places = np.empty(values.numel(), np.intp)  # memory is taken as far as it is written to
+            return
+        size = min(PIECE, values.numel())
+        self._magnitudes = np.empty(size, values.view(-1).numpy().dtype)
+        self._above = np.empty(size, bool)
+        self._odd = np.empty(values.numel(), bool)
+
+    def odd(self, flat: np.ndarray, low: np.floating, high: np.floating, sides: np.ndarray) -> np.ndarray:
+        """Where magnitudes lie from ``low`` to ``high``, or on another side of these than ``sides`` has them.
+
+        To be used before the next call.
+        """
+        if self._compiled:
+            return self._places[: fused.elsewhere()(flat, low, high, sides, self._places)]
+        for start in range(0, len(flat), PIECE):
+            stop = min(start + PIECE, len(flat))
+            magnitudes, above, mark = (
+                self._magnitudes[: stop - start],
+                self._above[: stop - start],
+                self._odd[start:stop],
+            )
+            np.abs(flat[start:stop], out=magnitudes)
+            np.greater(magnitudes, high, out=above)
+            np.less(magnitudes, low, out=mark)
+            side = np.subtract(above.view(np.uint8), mark.view(np.uint8), out=above.view(np.uint8))
+            np.not_equal(side, sides[start:stop], out=mark)
+        return self._odd.nonzero()[0]

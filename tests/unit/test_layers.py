@@ -14,7 +14,7 @@ import lightning_prune
 PACKAGE = Path(lightning_prune.__file__).parent
 
 LAYERS: list[set[str]] = [
-    {"errors", "times", "files", "environment", "progress", "counted"}
+    {"errors", "times", "files", "environment", "progress", "counted", "compiling"}
     | {"prunable", "running", "wrappers", "counting", "ranking", "patterns"}
     | {"sharding", "sharded_ranking"},
     {"masks", "scores", "named_scores", "actions", "selection", "settling", "record", "costs"},

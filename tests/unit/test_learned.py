@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,23 @@ from lightning_prune.learned import (
     Passing,
     TopMask,
     frozen_weight,
+    fused,
     popup_weight,
     sampled_weight,
     shift_logits_,
+    stochastic,
 )
 from lightning_prune.learned.counts import count_kept
 
 CPU = torch.device("cpu")
+COMPILED = [False, pytest.param(True, marks=pytest.mark.skipif(find_spec("numba") is None, reason="Numba is missing"))]
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether passes over large tensors are compiled."""
+    monkeypatch.setattr(fused, "can_compile", lambda: request.param)
+    return bool(request.param)
 
 
 def drawn(probabilities: Tensor, *numbers: int) -> Tensor:
@@ -45,10 +56,11 @@ def test_popup_literal() -> None:
     assert popup_weight(weight, tied, 0.5).tolist() == [[1, -2, 0], [0, 0, -6]]  # the later of equal ones leave
 
 
+@pytest.mark.parametrize("compiled", COMPILED, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_popup_gradient_is_autograds_of_the_formula(dtype: torch.dtype) -> None:
-    weight, given = torch.randn(2, 30, 40, dtype=dtype).unbind()
-    scores = torch.randn(30, 40, dtype=dtype, requires_grad=True)
+def test_popup_gradient_is_autograds_of_the_formula(dtype: torch.dtype, compiled: bool) -> None:
+    weight, given = torch.randn(2, 130, 140, dtype=dtype).unbind()
+    scores = torch.randn(130, 140, dtype=dtype, requires_grad=True)
     own = torch.autograd.grad((popup_weight(weight, scores, 0.3) * given).sum(), scores)[0]
     mask = select({"": scores.abs()}, density=0.3)[""].to(dtype)
     straight = mask + scores.abs() - scores.abs().detach()
@@ -61,8 +73,9 @@ def test_popup_gradient_is_autograds_of_the_formula(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("grain", [0.0, 0.01])  # scores all different; many equal ones
+@pytest.mark.parametrize("compiled", COMPILED, indirect=True)
 def test_what_passes_is_what_a_selection_keeps_wherever_scores_move(
-    density: float, grain: float, monkeypatch: pytest.MonkeyPatch
+    density: float, grain: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, scores, direction = torch.randn(3, 300, 300).unbind()
     passing, kept, anew = Passing(), count_kept(density, scores.numel()), []
@@ -86,14 +99,15 @@ def test_what_passes_is_what_a_selection_keeps_wherever_scores_move(
         assert 1 <= len(anew) <= 8, len(anew)  # the rest never looked at all values at once
 
 
+@pytest.mark.parametrize("compiled", COMPILED, indirect=True)
 @pytest.mark.parametrize("passes_before", [True, False])
-def test_nan_scores_are_told(passes_before: bool) -> None:
-    passing, scores = Passing(), torch.randn(30, 10)
-    passing(scores, torch.ones(30, 10), 100)
-    passing(scores, torch.ones(30, 10), 100)
+def test_nan_scores_are_told(passes_before: bool, compiled: bool) -> None:
+    passing, scores, weight = Passing(), torch.randn(300, 100), torch.ones(300, 100)
+    passing(scores, weight, 10_000)
+    passing(scores, weight, 10_000)
     scores.view(-1)[scores.abs().argmax() if passes_before else scores.abs().argmin()] = math.nan
     with pytest.raises(SelectionError, match="NaN"):
-        passing(scores, torch.ones(30, 10), 100)
+        passing(scores, weight, 10_000)
 
 
 def test_training_follows_an_evaluation_in_inference_mode() -> None:
@@ -156,6 +170,29 @@ def test_sampled_gradient_is_autograds_of_the_formula(rescale: bool, size: tuple
     torch.testing.assert_close(found, result.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
     assert 0.4 < sample.mean() < 0.6
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="Numba is missing")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_compiled_passes_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on alike on a machine with Numba and on one without."""
+    weight, grad, scores = torch.randn(3, 50_001, dtype=dtype).unbind()
+    scores[::7], grad[3], grad[7], grad[14] = 0, math.inf, math.inf, math.nan
+    signed = torch.empty_like(weight)
+    fused.times_sign(signed, grad, weight, scores)
+    torch.testing.assert_close(signed, grad * weight * torch.sign(scores), rtol=0, atol=0, equal_nan=True)
+
+    probabilities = torch.rand(50_001, dtype=dtype)
+    level = Levels(1, 2, 3, 0, CPU).next(50_001)
+    probabilities[:30_000] = 0.5 + (level[:30_000].to(dtype) + torch.arange(30_000) % 3) / 2**16  # at the boundary
+    found = []
+    for compiled in (True, False):
+        monkeypatch.setattr(fused, "can_compile", lambda compiled=compiled: compiled)
+        out = torch.empty_like(weight)
+        found.append((stochastic._pass(out, weight, probabilities, level), out))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert fused.usable(weight) is False
 
 
 def test_entries_pass_with_their_probability() -> None:
