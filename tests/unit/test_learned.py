@@ -184,7 +184,7 @@ def test_compiled_passes_give_the_same_bits(dtype: torch.dtype, monkeypatch: pyt
 
     probabilities = torch.rand(50_001, dtype=dtype)
     level = Levels(1, 2, 3, 0, CPU).next(50_001)
-    probabilities[:30_000] = 0.5 + (level[:30_000].to(dtype) + torch.arange(30_000) % 3) / 2**16  # at the boundary
+    probabilities[:30_000] = 0.5 + (level[:30_000].to(dtype) + torch.arange(30_000) % 3 / 2) / 2**16  # at the boundary
     found = []
     for compiled in (True, False):
         monkeypatch.setattr(fused, "can_compile", lambda compiled=compiled: compiled)
