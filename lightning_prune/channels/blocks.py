@@ -16,6 +16,7 @@ from lightning_prune.channels.left import leaving_tensors, left_out, silent
 from lightning_prune.channels.plan import RemovalPlan
 from lightning_prune.channels.recording import Recording
 from lightning_prune.channels.residual import Block, BlockScores, Residuals
+from lightning_prune.channels.sight import Sight
 from lightning_prune.channels.surgery import substituted
 from lightning_prune.channels.trace import ChannelGraph, propagate
 from lightning_prune.errors import BudgetError, ConfigError, TraceError
@@ -275,7 +276,9 @@ def plan_blocks(graph: ChannelGraph, budget: Budget, scores: BlockScores | None 
     Args:
         graph: The traced model.
         budget: ``channels=`` is the fraction of the removable blocks that stays, ``params=`` and ``macs=`` the fraction
-            of the whole model's. Blocks leave from the lowest score on until it is met.
+            of the whole model's. Blocks leave from the lowest score on until it is met. One stays, whatever its score,
+            if outputs would not depend on the inputs any more without it and those that left before it, as those of a
+            class token without any attention: :class:`Sight`.
         scores: ``{block name: number}`` or a function of a block and the model; higher is kept, of equals the earlier.
             None: :func:`score_blocks`.
 
@@ -283,7 +286,7 @@ def plan_blocks(graph: ChannelGraph, budget: Budget, scores: BlockScores | None 
         The plan, with ``costs`` for ``"blocks"`` too.
 
     Raises:
-        BudgetError: Without all of its blocks the model still costs more.
+        BudgetError: Without all of its blocks that can leave together the model still costs more.
         ConfigError: No block can leave (and the budget asks for it), or scores that do not fit.
     """
     found = find_blocks(graph)
@@ -294,16 +297,7 @@ def plan_blocks(graph: ChannelGraph, budget: Budget, scores: BlockScores | None 
         values = resolve_blocks(graph, blocks, scores)
         costs = BlockCosts(graph, found)
         order = sorted(range(len(blocks)), key=lambda b: (values[b], -b))
-        what = "blocks" if budget.what == "channels" else budget.what
-        limit = budget.fraction * costs.before[what]
-        count = next((n for n in range(len(order) + 1) if costs.after(order[:n])[what] <= limit), None)
-        if count is None:
-            least = costs.after(order)[what] / max(1, costs.before[what])
-            raise BudgetError(
-                f"Budget({budget.what}={budget.fraction}) cannot be met: without all of its {len(blocks)} removable "
-                f"blocks {least:.4f} of the {what} stay. Raise the budget, or remove channels too."
-            )
-        leaving = sorted(order[:count])
+        leaving = _leaving(graph, budget, costs, order)
         plan = RemovalPlan({}, {}, left=[blocks[b].entry() for b in leaving])
         gone: dict[str, Tensor] = leaving_tensors(graph.model, plan)
     plan.shapes = {name: list(tensor.shape) for name, tensor in gone.items()}
@@ -311,3 +305,36 @@ def plan_blocks(graph: ChannelGraph, budget: Budget, scores: BlockScores | None 
     after = costs.after(leaving)
     plan.costs = {what: (before, after[what]) for what, before in costs.before.items()}
     return plan
+
+
+def _leaving(graph: ChannelGraph, budget: Budget, costs: BlockCosts, order: Sequence[int]) -> list[int]:
+    """Which blocks leave, ascending: the first of ``order`` that outputs can do without, until the budget is met."""
+    what = "blocks" if budget.what == "channels" else budget.what
+    limit = budget.fraction * costs.before[what]
+
+    def met(leaving: Sequence[int]) -> bool:
+        return costs.after(leaving)[what] <= limit
+
+    count = next((n for n in range(len(order) + 1) if met(order[:n])), None)
+    leaving, needed = list(order[:count]), list[int]()
+    sight = Sight(graph.model, graph.example_inputs) if leaving else None
+    if sight is not None and sight.lost(costs.blocks[b] for b in leaving):
+        leaving, count = [], None
+        for b in order:
+            if sight.lost(costs.blocks[other] for other in [*leaving, b]):
+                needed.append(b)
+                continue
+            leaving.append(b)
+            if met(leaving):
+                count = len(leaving)
+                break
+    if count is None:
+        least = costs.after(leaving)[what] / max(1, costs.before[what])
+        names = ", ".join(costs.blocks[b].name for b in needed)
+        blinding = f", and without {names} too the outputs would not depend on the inputs" if needed else ""
+        without = f"without {len(leaving) if needed else 'all'} of its {len(order)} removable blocks"
+        raise BudgetError(
+            f"Budget({budget.what}={budget.fraction}) cannot be met: {without} {least:.4f} of the {what} stay"
+            f"{blinding}. Raise the budget, or remove channels too."
+        )
+    return sorted(leaving)

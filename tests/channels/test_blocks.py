@@ -486,6 +486,47 @@ def test_ties_keep_the_earlier_block() -> None:
     assert [e["block"] for e in _plan(model, IMAGE, 0.67, lambda *_: 1.0).left] == ["layer1.2"]
 
 
+class _ClassToken(nn.Module):
+    """A transformer that is read at a token of its own: without attention it sees nothing of the others."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.layers = nn.ModuleList(_Inner(8) for _ in range(depth))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[:, 0]), self.token.sum() + torch.zeros(2)  # the second output never saw the input
+
+
+def _attention_first(block: Any, model: nn.Module) -> float:
+    return float("mlp" in " ".join(block.parts)) + 0.1 * int(block.module.split(".")[1])
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.34])
+def test_outputs_go_on_depending_on_the_inputs(fraction: float) -> None:
+    """The last attention stays against its score, and a block of a higher one leaves for it."""
+    model = _ClassToken().eval()
+    plan = _plan(model, TOKENS, fraction, _attention_first)
+    left = [f"{entry['module']}.{part}" for entry in plan.left for part in entry["parts"] if "norm" not in part]
+    attentions = [name for name in left if "attn" in name]
+    assert len(plan.left) == round(6 * (1 - fraction))
+    assert len(attentions) == 2
+    assert not any("layers.2" in name for name in attentions)
+    compact(model, plan, TOKENS)
+    one, two = model(TOKENS)[0], model(TOKENS + torch.randn(2, 5, 8))[0]
+    assert not torch.equal(one, two)
+
+
+def test_a_budget_that_would_blind_the_network_is_refused() -> None:
+    graph = trace_channels(_ClassToken(2), TOKENS)
+    with pytest.raises(BudgetError, match=r"without 3 of its 4 removable .* without .*attn.* depend on the inputs"):
+        plan_removal(graph, Budget(channels=0.1), _attention_first, granularity="block")
+
+
 def test_bad_arguments_are_refused() -> None:
     graph = trace_channels(_resnet(BasicBlock, [2, 1, 1, 1]), IMAGE)
     with pytest.raises(ConfigError, match="granularity='layer': expected 'channel' or 'block'"):
