@@ -245,13 +245,12 @@ class SlimmingRegularizer(Callback):
         if self.update != "subgradient" or not self.active:
             return
         scales, clusters = self._of(optimizer)
-        if any(scale.grad is None for scale in scales):
+        if clusters is not None and any(scale.grad is None for scale in scales):
             kept = [i for i, scale in enumerate(scales) if scale.grad is not None]
             if not kept:
                 return
-            if clusters is not None:
-                parts = clusters.numbers.split([scale.numel() for scale in scales])
-                clusters = Clusters(torch.cat([parts[i] for i in kept]))
+            parts = clusters.numbers.split([scale.numel() for scale in scales])
+            clusters = Clusters(torch.cat([parts[i] for i in kept]))
             scales = [scales[i] for i in kept]
         if scales:
             add_subgradient_(scales, self.strength * loss_scale(trainer, optimizer), clusters)

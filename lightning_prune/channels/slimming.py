@@ -103,10 +103,16 @@ def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor
     """Add ``strength`` times the sub-gradient of :func:`penalty` to the scales' gradients, in place; 0 where it is 0.
 
     Args:
-        scales: Scales, each with a gradient.
+        scales: Scales; with ``clusters`` each has a gradient, without them those that have none are passed over.
         strength: Factor, at least 0.
         clusters: See :func:`penalty`.
     """
+    if clusters is None and scales and not scales[0].is_cuda:  # where operations on lists go one by one too
+        for scale in scales:
+            if (gradient := scale.grad) is not None:
+                gradient.add_(scale.detach().sign(), alpha=strength)
+        return
+    scales = [scale for scale in scales if scale.grad is not None]
     gradients = [scale.grad for scale in scales if scale.grad is not None]
     values = [scale.detach() for scale in scales]  # a guard such as no_grad would take as long as all the rest
     directions: Sequence[Tensor]
