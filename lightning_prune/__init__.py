@@ -41,6 +41,7 @@ from lightning_prune.connectivity import ErrorRate, LinearPath, linear_mode_conn
 from lightning_prune.costs import Costs, Latency, LatencyComparison, compare_latency, count_costs, measure_latency
 from lightning_prune.errors import (
     BudgetError,
+    CollapseWarning,
     ConfigError,
     EqualityError,
     ExportError,
@@ -72,6 +73,7 @@ __all__ = [
     "BudgetError",
     "ChannelPruner",
     "ChannelSelection",
+    "CollapseWarning",
     "ConfigError",
     "CostProfiler",
     "Costs",

@@ -54,3 +54,7 @@ class ExportError(PruneError, RuntimeError):
 
 class NoEffectWarning(UserWarning):
     """Something was asked for and changed nothing."""
+
+
+class CollapseWarning(UserWarning):
+    """A layer has lost all of its weights, so that nothing of its input passes it."""

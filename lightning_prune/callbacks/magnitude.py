@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_prune.callbacks.collapse import tell_collapse
 from lightning_prune.callbacks.company import (
     compare_masks,
     gradients_may_change,
@@ -89,6 +90,7 @@ class IterativeMagnitudePruner(RoundPruner):
         ConfigError: An argument out of range; in ``setup``: callbacks that cannot work together; in ``on_fit_start``:
             nothing to prune, a pattern that matches nothing, a rewinding point or a schedule that does not fit.
         SelectionError: Weights that are NaN at a cut.
+        CollapseWarning: A cut removes the last weights of a tensor.
         ResumeError: A checkpoint of another configuration, one that was written without this callback, or without what
             the criterion needs.
 
@@ -216,6 +218,8 @@ class IterativeMagnitudePruner(RoundPruner):
         masks = self.candidate(pl_module)
         compare_masks(masks)
         masks.digest()  # a collective where masks are sharded; from now on every process knows it, and the counts
+        assert self.masks is not None
+        tell_collapse(self.masks, masks, self._running.round + 1)
         return masks
 
     def quantiles(self) -> dict[str, tuple[float, ...]]:

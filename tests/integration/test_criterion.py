@@ -10,7 +10,15 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from torch import Tensor
 
-from lightning_prune import ConfigError, IterativeMagnitudePruner, LRRewind, PruneEvent, ResumeError, WeightRewind
+from lightning_prune import (
+    CollapseWarning,
+    ConfigError,
+    IterativeMagnitudePruner,
+    LRRewind,
+    PruneEvent,
+    ResumeError,
+    WeightRewind,
+)
 from lightning_prune.scores import CRITERIA
 from tests._helpers.models import ToyModule, loaders, toy_network, trainer
 
@@ -144,3 +152,16 @@ def test_bad_arguments(tmp_path: Path) -> None:
         IterativeMagnitudePruner(criterion="largefinal")
     with pytest.raises(ConfigError, match="criterion='movement' selects masks, masks_from takes"):
         IterativeMagnitudePruner(criterion="movement", masks_from=tmp_path)
+
+
+def test_a_layer_that_loses_its_last_weights_is_told_once(tmp_path: Path) -> None:
+    """A head that begins at zero, as a vision transformer's does, is the first to go under one threshold for all."""
+    module = ToyModule(toy_network(0))
+    torch.nn.init.zeros_(module.network[4].weight)
+    prune = IterativeMagnitudePruner(0.5, 2, verbose=False)
+    module.configure = lambda network: torch.optim.SGD(network.parameters(), lr=1e-4)
+    with pytest.warns(CollapseWarning, match=r"cut 1 removes the last weights of network\.4\.weight: nothing") as told:
+        trainer(tmp_path, [prune], max_epochs=1).fit(module, *loaders())
+    assert len([one for one in told if issubclass(one.category, CollapseWarning)]) == 1
+    assert prune.masks is not None
+    assert prune.masks.kept_per_tensor()["network.4.weight"] == (0, 48)

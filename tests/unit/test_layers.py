@@ -49,6 +49,7 @@ PUBLIC = [
     "Accelerated",
     "accelerate",
     "CostProfiler",
+    "CollapseWarning",
     "EarlyBird",
     "mask_distance",
     "Latency",
