@@ -108,6 +108,8 @@ class ShardedPool(Pool):
         self, masks: Mapping[str, Tensor], inside: Sequence[Inside] | None, bound: float | int, keep: int
     ) -> None:
         """Also keep the first ``keep`` scores that are exactly ``bound``, by order of names and flat index."""
+        if keep == 0:  # the same on all processes
+            return
         found: dict[str, list[Inside]] | None = None if inside is None else {name: [] for name in self._names}
         for part in inside or ():
             assert found is not None
