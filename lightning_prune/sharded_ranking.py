@@ -83,14 +83,15 @@ class ShardedPool(Pool):
             own = self._count_of(name)
             nan[name] = self._count_nan(name, own)
             counts += own
-        total, everyones = add_up(torch.cat([counts, torch.tensor(list(nan.values()))])).split([BUCKETS, len(nan)])
+        own = torch.cat([counts, torch.tensor(list(nan.values()))])
+        total, everyones = add_up(own, self._layout.total).split([BUCKETS, len(nan)])
         for name, number in zip(self._names, everyones.tolist(), strict=True):
             if number:
                 raise nan_error(name, number, self._layout.parts[name].shape.numel())
         return self._count_highest() if self._must_count_anew(total) else total
 
     def _count_inside(self, prefix: int, shift: int) -> Tensor:
-        return add_up(self._count_inside_of(self._owned, prefix, shift))
+        return add_up(self._count_inside_of(self._owned, prefix, shift), self._layout.total)
 
     def _refine(self, n: int, bracket: Bracket, found: Sequence[Inside]) -> Bracket:
         """The one value that the ``n``-th smallest score has, by what was found within ``bracket``."""
@@ -99,7 +100,8 @@ class ShardedPool(Pool):
         while bracket.shift:
             words = words[(words >> bracket.shift) == bracket.prefix]
             next_bits = (words >> (bracket.shift - 16)).bitwise_and_(BUCKETS - 1)
-            bracket = self._narrow(n, bracket, add_up(torch.bincount(next_bits, minlength=BUCKETS)))
+            counts = add_up(torch.bincount(next_bits, minlength=BUCKETS), self._layout.total)
+            bracket = self._narrow(n, bracket, counts)
         return bracket
 
     # ---------------------------------------------------------------------- ties
@@ -174,7 +176,7 @@ class ShardedPool(Pool):
                     places = self._places(name, masks[name], positions)
                     inside = places[(places >> (shift + 16)) == prefix]
                     counts += torch.bincount((inside >> shift) & (BUCKETS - 1), minlength=BUCKETS).cpu()
-            reached = add_up(counts).cumsum(0)
+            reached = add_up(counts, self._layout.total).cumsum(0)
             bucket = int(torch.searchsorted(reached, n))
             n -= int(reached[bucket - 1]) if bucket else 0
             prefix = prefix * BUCKETS + bucket

@@ -198,6 +198,8 @@ class Layout:
             self.owners[name] = owners
         self.owned = {name for name, part in parts.items() if self.owners[name].get(part.box) == rank}
         """The tensors of which this process counts its part."""
+        self.total = sum(part.shape.numel() for part in parts.values())
+        """Entries of all tensors together."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
@@ -215,11 +217,17 @@ class Layout:
         return dict(zip(masks, add_up(torch.tensor(own)).tolist(), strict=True))
 
 
-def add_up(counts: Tensor) -> Tensor:
-    """The sum of whole numbers over all processes. A collective."""
-    total = counts.to(_wire(), copy=True)
+def add_up(counts: Tensor, largest: int | None = None) -> Tensor:
+    """The sum of whole numbers over all processes. A collective.
+
+    Args:
+        counts: Of this process, int64.
+        largest: No sum is larger, the same on all processes: where they fit, numbers travel in half as many bits.
+    """
+    short = largest is not None and largest < 2**31
+    total = counts.to(_wire(), torch.int32 if short else counts.dtype, copy=True)
     torch.distributed.all_reduce(total)
-    return total.to(counts.device)
+    return total.to(counts.device, counts.dtype)
 
 
 def _wire() -> torch.device:
