@@ -30,6 +30,7 @@ def checkpoint_size(folder: Path, callbacks: list[Any]) -> int:
     return max((folder / "ckpt").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns).stat().st_size
 
 
+@pytest.mark.filterwarnings("ignore:cut .* removes the last weights")
 def test_a_checkpoint_grows_by_one_bit_a_weight_and_one_snapshot(tmp_path: Path) -> None:
     dense = checkpoint_size(tmp_path / "dense", [])
     prune = IterativeMagnitudePruner(0.3, 3, verbose=False)

@@ -176,6 +176,7 @@ def small_copy(recipe: dict[str, Any], folder: Path) -> Path:
 @pytest.mark.filterwarnings("ignore:feature ranks carry no order")
 @pytest.mark.filterwarnings("ignore:.*was not logged in validation")
 @pytest.mark.filterwarnings("ignore:.*num_workers.*")
+@pytest.mark.filterwarnings("ignore:cut .* removes the last weights")  # classifiers that have hardly left a small start
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_recipe_trains_a_few_batches(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
