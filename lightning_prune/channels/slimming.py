@@ -112,9 +112,9 @@ def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor
             if (gradient := scale.grad) is not None:
                 gradient.add_(scale.detach().sign(), alpha=strength)
         return
-    scales = [scale for scale in scales if scale.grad is not None]
-    gradients = [scale.grad for scale in scales if scale.grad is not None]
-    values = [scale.detach() for scale in scales]  # a guard such as no_grad would take as long as all the rest
+    pairs = [(scale, scale.grad) for scale in scales if scale.grad is not None]
+    gradients = [gradient for _, gradient in pairs]
+    values = [scale.detach() for scale, _ in pairs]  # a guard such as no_grad would take as long as all the rest
     directions: Sequence[Tensor]
     if clusters is None:
         directions = torch._foreach_sign(values)
@@ -123,7 +123,7 @@ def add_subgradient_(scales: Sequence[Tensor], strength: float, clusters: Tensor
         flat = torch.cat([value.flatten() for value in values])
         # 0 / tiny is 0: no direction where all scales of a cluster are 0
         factor = groups.roots / groups.norms(flat).clamp_min(torch.finfo(flat.dtype).tiny)
-        directions = (flat * factor[groups.numbers]).split([scale.numel() for scale in scales])
+        directions = (flat * factor[groups.numbers]).split([value.numel() for value in values])
     torch._foreach_add_(gradients, list(directions), alpha=strength)
 
 
