@@ -34,11 +34,6 @@ class NamedScores(Mapping[str, Tensor]):
         scores = self._scores
         return scores.like(self._original[name]) if isinstance(scores, MagnitudeScores) else self[name]
 
-    def part(self, name: str) -> Tensor:
-        """This process's part of these scores."""
-        scores = self._scores
-        return scores.part(self._original[name]) if isinstance(scores, MagnitudeScores) else local(self[name])
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._original)
 
@@ -47,7 +42,7 @@ class NamedScores(Mapping[str, Tensor]):
 
     def parts(self) -> Mapping[str, Tensor]:
         """This process's parts of all of them, each read when asked for."""
-        return _Parts(self)
+        return self._scores.parts() if isinstance(self._scores, MagnitudeScores) else _Parts(self)
 
 
 class _Parts(Mapping[str, Tensor]):
@@ -57,7 +52,7 @@ class _Parts(Mapping[str, Tensor]):
         self._scores = scores
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._scores.part(name)
+        return local(self._scores[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._scores)

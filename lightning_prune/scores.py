@@ -181,9 +181,9 @@ class MagnitudeScores(Mapping[str, Tensor]):
         parameter = self._parameters[name]
         return self[name] if parameter.is_complex() else parameter
 
-    def part(self, name: str) -> Tensor:
-        """This process's part of the scores; of a plain tensor all of them."""
-        return local(self._parameters[name]).detach().abs()
+    def parts(self) -> "MagnitudeScores":
+        """Of this process's parts of the parameters; of plain ones the whole."""
+        return MagnitudeScores({name: local(parameter) for name, parameter in self._parameters.items()})
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)

@@ -5,6 +5,7 @@ whole. Several processes may hold the same box (replicas); the first of them cou
 ones are taken to be equal on all processes.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,6 +84,38 @@ def _shape_and_offset(shape: torch.Size, mesh: Any, placements: Any) -> tuple[tu
     return tuple(own), tuple(offset)
 
 
+@lru_cache(maxsize=256)
+def _everyones_boxes(shape: torch.Size, mesh: Any, placements: Any) -> tuple[Box, ...] | None:
+    """The box of each process, by its rank; ``None``: only they know, since chunks are not along axes one by one."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if any(type(placement) not in (Replicate, Shard) for placement in placements):
+        return None
+    nothing = Box((0,) * len(shape), (0,) * len(shape))
+    boxes = [nothing] * torch.distributed.get_world_size()
+    ranks: Tensor = mesh.mesh
+    for place in itertools.product(*map(range, ranks.shape)):
+        offset, size = [0] * len(shape), list(shape)
+        for at, count, placement in zip(place, ranks.shape, placements, strict=True):
+            if placement.is_shard():
+                axis = placement.dim
+                chunk = -(-size[axis] // count)
+                start = min(at * chunk, size[axis])
+                offset[axis], size[axis] = offset[axis] + start, min(chunk, size[axis] - start)
+        boxes[int(ranks[place])] = Box(tuple(offset), tuple(size))
+    return tuple(boxes)
+
+
+@lru_cache(maxsize=256)
+def _owners(shape: torch.Size, boxes: tuple[Box, ...]) -> dict[Box, int] | None:
+    """For each box of a tensor the first process that holds it; ``None`` if they do not make up the tensor."""
+    owners: dict[Box, int] = {}
+    for rank, box in enumerate(boxes):
+        if box.numel:
+            owners.setdefault(box, rank)
+    return owners if sum(box.numel for box in owners) == shape.numel() else None
+
+
 @dataclass(frozen=True)
 class Part:
     """What this process holds of a tensor, without the tensor itself.
@@ -91,11 +124,13 @@ class Part:
         shape: Of the whole.
         box: What lies here.
         spread: Function that makes a tensor in this layout from the part that this process holds; ``None``: plain.
+        boxes: What lies on each process, by rank; ``None`` if they have to be asked.
     """
 
     shape: torch.Size
     box: Box
     spread: Callable[[Tensor], Tensor] | None
+    boxes: tuple[Box, ...] | None
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Part":
@@ -105,12 +140,17 @@ class Part:
             SelectionError: No box; see :func:`box_of`.
         """
         if not is_sharded(tensor):
-            return cls(tensor.shape, box_of(tensor), None)
+            whole = box_of(tensor)
+            return cls(tensor.shape, whole, None, (whole,))
         from torch.distributed.tensor import DTensor
 
         given: dict[str, Any] = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
         mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        return cls(tensor.shape, box_of(tensor), lambda part: DTensor.from_local(part, mesh, placements, **given))
+
+        def spread(part: Tensor) -> Tensor:
+            return DTensor.from_local(part, mesh, placements, **given)
+
+        return cls(tensor.shape, box_of(tensor), spread, _everyones_boxes(tensor.shape, mesh, placements))
 
     def cut(self, tensor: Tensor) -> Tensor:
         """The same part of another tensor of this shape.
@@ -167,7 +207,10 @@ def _fsdp_module() -> type | None:
 
 
 class Layout:
-    """Who holds what of some tensors, and who counts it. Building one is a collective, of a few bytes a tensor.
+    """Who holds what of some tensors, and who counts it.
+
+    Building one is a collective, of a few bytes a tensor, if chunks of one of them are not along its axes one by one
+    (so does FSDP2 over tensor parallelism cut). Else every process knows what the others hold.
 
     Args:
         parts: What this process holds; the same names and global shapes on every process.
@@ -178,21 +221,19 @@ class Layout:
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self.parts = dict(parts)
-        everyones: list[Any] = [None] * torch.distributed.get_world_size()
-        own = {name: (part.box.offset, part.box.shape) for name, part in parts.items()}
-        torch.distributed.all_gather_object(everyones, own)
+        boxes = {name: part.boxes for name, part in parts.items()}
+        if any(known is None for known in boxes.values()):
+            boxes = self._ask()
         rank = torch.distributed.get_rank()
         self.owners: dict[str, dict[Box, int]] = {}
         """For each tensor its boxes, and the process that counts each."""
         for name, part in parts.items():
-            owners: dict[Box, int] = {}
-            for other, held in enumerate(everyones):
-                box = Box(*held[name])
-                if box.numel:
-                    owners.setdefault(box, other)
-            if sum(box.numel for box in owners) != part.shape.numel():
+            held = boxes[name]
+            assert held is not None
+            owners = _owners(part.shape, held)
+            if owners is None or (part.spread is not None and part.box.numel and held[rank] != part.box):
                 raise SelectionError(
-                    f"the parts of {name!r} on {len(everyones)} processes do not make up its shape "
+                    f"the parts of {name!r} on {torch.distributed.get_world_size()} processes do not make up its shape "
                     f"{tuple(part.shape)}; every process must take part, with the same tensors."
                 )
             self.owners[name] = owners
@@ -200,6 +241,12 @@ class Layout:
         """The tensors of which this process counts its part."""
         self.total = sum(part.shape.numel() for part in parts.values())
         """Entries of all tensors together."""
+
+    def _ask(self) -> dict[str, tuple[Box, ...] | None]:
+        everyones: list[Any] = [None] * torch.distributed.get_world_size()
+        own = {name: (part.box.offset, part.box.shape) for name, part in self.parts.items()}
+        torch.distributed.all_gather_object(everyones, own)
+        return {name: tuple(Box(*held[name]) for held in everyones) for name in own}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":

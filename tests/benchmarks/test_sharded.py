@@ -55,9 +55,8 @@ def test_selection_of_100_million_sharded_weights(tmp_path: Path) -> None:
             )
         sent = [processes[0]["sent"] for processes in (found, small)]
         print(f"each process gives {sent[0]} bytes to collectives, {sent[1]} for a hundredth of the weights")
-        assert abs(sent[0] - sent[1]) < 2000  # numbers of more digits in the layout
-        assert sent[0] < 3e6
-        if os.getloadavg()[0] < 1.5 * world <= 1.5 * (os.cpu_count() or 1):  # else waiting for a core is measured
+        assert sent[0] == sent[1] < 3e6
+        if os.getloadavg()[0] < world + 0.5:  # else waiting for others is measured
             assert ratio < 1.2
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 

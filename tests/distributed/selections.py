@@ -1,5 +1,7 @@
 """Selection over scores sharded in many ways, against the same call on the whole scores in this process."""
 
+import itertools
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from lightning_prune import (
 )
 from lightning_prune.callbacks.company import compare_masks
 from lightning_prune.scores import MagnitudeScores
-from lightning_prune.sharding import reshard
+from lightning_prune.sharding import Layout, reshard
 from tests.distributed.fits import part, shard
 
 SHAPES = [(7, 5), (3, 4), (16,), (1,), (9, 2, 3, 3), (2, 8), (6, 4, 3), (40, 30)]
@@ -34,6 +36,7 @@ def check(folder: Path, world: int) -> dict[str, Any]:
     flat = init_device_mesh("cpu", (world,))
     square = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
     sharded = sum(check_case(seed, [flat, square]) for seed in range(CASES[world]))
+    check_layouts(square)
     check_many_ties(flat)
     check_network(folder, square)
     check_errors(flat)
@@ -122,6 +125,21 @@ def check_masks(found: MaskSet, expected: MaskSet, like: dict[str, Tensor]) -> N
     state = found.state_dict()
     if torch.distributed.get_rank() == 0:
         assert MaskSet.from_state_dict(state) == expected
+
+
+def check_layouts(mesh: DeviceMesh) -> None:
+    """What each process takes the others to hold is what they hold, uneven and empty parts too."""
+    world = torch.distributed.get_world_size()
+    for shape in ((7, 5), (1, 3), (4, 2, 2), (5,)):
+        kinds = [Replicate(), *(Shard(axis) for axis in range(len(shape)))]
+        for placements in itertools.product(kinds, repeat=2):
+            tensor = distribute_tensor(torch.arange(math.prod(shape)).view(shape), mesh, list(placements))
+            part = Layout.of({"w": tensor}).parts["w"]
+            assert part.boxes is not None
+            values: list[Any] = [None] * world
+            torch.distributed.all_gather_object(values, tensor.to_local().flatten().tolist())
+            whole = tensor.full_tensor()
+            assert [whole[box.slices].flatten().tolist() for box in part.boxes] == values
 
 
 def check_many_ties(mesh: DeviceMesh) -> None:
