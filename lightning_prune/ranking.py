@@ -153,11 +153,10 @@ class Pool:
         """How many scores have each value of the sixteen highest bits."""
         total = torch.zeros(BUCKETS, dtype=torch.int64)
         for name in self._names:
-            counts = self._count_of(name)
-            nan = self._count_nan(name, counts)
+            total += self._count_of(name)
+        for name, nan in self._count_nan(self._names, total).items():
             if nan:
                 raise nan_error(name, nan, self._scores[name].numel())
-            total += counts
         if self._must_count_anew(total):
             return self._count_highest()
         return total
@@ -197,13 +196,16 @@ class Pool:
                 total += torch.bincount(buckets, minlength=BUCKETS).cpu()
         return total
 
-    def _count_nan(self, name: str, counts: Tensor) -> int:
-        """How many scores of a tensor are NaN; looked at only where ``counts`` leave it open."""
+    def _count_nan(self, names: Sequence[str], counts: Tensor) -> dict[str, int]:
+        """How many scores of each tensor are NaN; looked at only where ``counts`` of all of them leave it open."""
         first = 0x7F80 if self._bits == 32 else 0x7FF0  # all exponent bits set: infinities and NaN
         if not self._dtype.is_floating_point or not bool(counts.view(2, -1)[:, first:].any()):
-            return 0
-        score, within = self._read(name)
-        return int(torch.count_nonzero(score.isnan() if within is None else score.isnan() & within))
+            return dict.fromkeys(names, 0)
+        found = {}
+        for name in names:
+            score, within = self._read(name)
+            found[name] = int(torch.count_nonzero(score.isnan() if within is None else score.isnan() & within))
+        return found
 
     # ------------------------------------------------------------------ the masks
 

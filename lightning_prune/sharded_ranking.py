@@ -78,11 +78,9 @@ class ShardedPool(Pool):
 
     def _count_highest(self) -> Tensor:
         counts = torch.zeros(BUCKETS, dtype=torch.int64)
-        nan = dict.fromkeys(self._names, 0)
         for name in self._owned:
-            own = self._count_of(name)
-            nan[name] = self._count_nan(name, own)
-            counts += own
+            counts += self._count_of(name)
+        nan = dict.fromkeys(self._names, 0) | self._count_nan(self._owned, counts)
         own = torch.cat([counts, torch.tensor(list(nan.values()))])
         total, everyones = add_up(own, self._layout.total).split([BUCKETS, len(nan)])
         for name, number in zip(self._names, everyones.tolist(), strict=True):

@@ -68,20 +68,21 @@ def box_of(tensor: Tensor) -> Box:
     here = tuple(local(tensor).shape)
     placements: Any = tensor.placements  # type: ignore[attr-defined]
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    if mesh.get_coordinate() is None:  # this process has no part
-        return Box((0,) * tensor.dim(), (0,) * tensor.dim())
-    shape, offset = _shape_and_offset(tensor.shape, mesh, placements)
-    if any(placement.is_partial() for placement in placements) or shape != here:
+    boxes = _everyones_boxes(tensor.shape, mesh, placements)
+    box = _own_box(tensor.shape, mesh, placements) if boxes is None else boxes[torch.distributed.get_rank()]
+    if any(placement.is_partial() for placement in placements) or (box.shape != here and box.numel + math.prod(here)):
         raise SelectionError(f"a tensor lies in {placements}, of which no process holds a box; redistribute it first.")
-    return Box(offset, here)
+    return box
 
 
 @lru_cache(maxsize=256)  # tensors of one shape are many, and each is asked for more than once a cut
-def _shape_and_offset(shape: torch.Size, mesh: Any, placements: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _own_box(shape: torch.Size, mesh: Any, placements: Any) -> Box:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    if mesh.get_coordinate() is None:  # this process has no part
+        return Box((0,) * len(shape), (0,) * len(shape))
     own, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
-    return tuple(own), tuple(offset)
+    return Box(tuple(offset), tuple(own))
 
 
 @lru_cache(maxsize=256)
@@ -231,7 +232,7 @@ class Layout:
             held = boxes[name]
             assert held is not None
             owners = _owners(part.shape, held)
-            if owners is None or (part.spread is not None and part.box.numel and held[rank] != part.box):
+            if owners is None:
                 raise SelectionError(
                     f"the parts of {name!r} on {torch.distributed.get_world_size()} processes do not make up its shape "
                     f"{tuple(part.shape)}; every process must take part, with the same tensors."
