@@ -16,8 +16,6 @@ from lightning_prune.compiling import can_compile
 SMALLEST = 2**14
 """Of smaller tensors a pass takes no longer than a call; their networks need not wait for the compiler."""
 
-_BLOCK = 128  # values that are compared before one of them is looked at alone
-
 
 def usable(*tensors: Tensor) -> bool:
     """Whether there is a compiled pass over tensors of one shape: on a CPU, float32 or float64, contiguous, large."""
@@ -32,7 +30,7 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def times_sign(out: Tensor, grad: Tensor, weight: Tensor, scores: Tensor) -> None:
-    """Write ``grad * weight * sign(scores)`` to ``out``."""
+    """Write ``grad * weight`` to ``out``, times -1 where the score is not positive."""
     _times_sign()(*(tensor.view(-1).numpy() for tensor in (out, grad, weight, scores)))
 
 
@@ -42,7 +40,8 @@ def _times_sign() -> Callable[..., None]:
 
     def times_sign(out: Any, grad: Any, weight: Any, scores: Any) -> None:
         for i in range(len(out)):
-            out[i] = grad[i] * weight[i] * np.sign(scores[i])
+            product = grad[i] * weight[i]
+            out[i] = product if scores[i] > 0 else -product
 
     return numba.njit(nogil=True)(times_sign)
 
@@ -79,30 +78,18 @@ def _pass_over() -> Callable[..., int]:
 
 
 @functools.cache
-def elsewhere() -> Callable[..., int]:
-    """Where magnitudes lie from ``low`` to ``high``, or on another side of these than before.
+def count_over() -> Callable[..., tuple[int, int]]:
+    """How many magnitudes are larger than a number of their type, and how many are NaN.
 
-    The function takes ``(values, low, high, sides, places)``, ``sides`` of bytes: 1 above, 255 below. It writes the
-    places, ascending, and tells how many.
+    The function takes ``(values, number)``, of at most 2**31 values.
     """
     import numba
 
-    def elsewhere(values: Any, low: Any, high: Any, sides: Any, places: Any) -> int:
-        count, now = 0, np.empty(_BLOCK, np.uint8)
-        for start in range(0, len(values), _BLOCK):
-            size = min(_BLOCK, len(values) - start)
-            block, before = values[start : start + size], sides[start : start + size]
-            for i in range(size):
-                magnitude = abs(block[i])
-                now[i] = np.uint8(1) if magnitude > high else (np.uint8(255) if magnitude < low else np.uint8(0))
-            wrong = np.uint8(0)
-            for i in range(size):  # bytes all through: a wider number would leave most of a vector unused
-                wrong = np.uint8(wrong | np.uint8(now[i] ^ before[i]))
-            if wrong:
-                for i in range(size):
-                    if now[i] != before[i]:
-                        places[count] = start + i
-                        count += 1
-        return count
+    def count_over(values: Any, number: Any) -> tuple[Any, Any]:
+        over = nan = np.int32(0)
+        for i in range(len(values)):  # in 32 bits, as wide as most values: else half of a vector would be unused
+            over = np.int32(over + np.int32(abs(values[i]) > number))
+            nan = np.int32(nan + np.int32(values[i] != values[i]))
+        return over, nan
 
-    return numba.njit(nogil=True)(elsewhere)
+    return numba.njit(nogil=True)(count_over)

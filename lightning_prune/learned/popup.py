@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from lightning_prune.errors import SelectionError
 from lightning_prune.learned import fused
@@ -14,44 +12,32 @@ from lightning_prune.learned.top import TopMask
 
 
 class Passing:
-    """Which weights of one tensor pass, and the result of the last call: makes calls on slowly moving scores fast."""
+    """Which weights of one tensor pass: what it remembers makes calls on slowly moving scores fast."""
 
     def __init__(self) -> None:
         self._top = TopMask()
-        self._result: Tensor | None = None
-        self._made_of: tuple[int, ...] = ()
 
     def __call__(self, scores: Tensor, weight: Tensor, kept: int) -> Tensor:
         """``weight`` where its score is among the ``kept`` of largest magnitude, else 0.
-
-        The result is the last call's tensor, changed in place where the mask has changed: like a parameter, of which a
-        graph that is still needed must not be older than a step. Autograd sees the change.
 
         Args:
             scores: Contiguous, outside of any graph.
             weight: Outside of any graph.
             kept: From 1 to the number of scores.
         """
-        if torch.is_inference_mode_enabled():  # what is made there cannot be trained with later
-            with torch.inference_mode(False), torch.no_grad():
-                return self(scores, weight, kept)
         found = self._top.update(scores, kept)
         if isinstance(found, Tensor):
-            self._result = torch.where(found, weight.contiguous(), 0)
-        elif self._result is None or self._made_of != _versions(weight, self._result):
-            self._result = torch.where(self._top.mask(weight.shape), weight.contiguous(), 0)
-        elif len(found[0]):
-            changed, passes = found
-            values = weight.contiguous().view(-1).numpy()[changed]
-            self._result.view(-1).numpy()[changed] = np.where(passes, values, 0)
-            increment_version(self._result)
-        self._made_of = _versions(weight, self._result)
-        return self._result.detach()
+            return torch.where(found, weight, 0)
+        weight = weight.contiguous()
+        result = torch.ops.aten.hardshrink_backward(weight, scores, found.below)  # in one pass
+        if len(found.also):
+            also = torch.from_numpy(found.also)
+            result.view(-1)[also] = weight.view(-1)[also]
+        return result
 
 
-def _versions(weight: Tensor, result: Tensor) -> tuple[int, ...]:
-    """Changes when someone else has written to either."""
-    return weight.data_ptr(), weight._version, result._version
+_with_sign = torch.ops.aten.leaky_relu_backward.default  # values, negative where the scores are not positive
+_with_sign_in_place = torch.ops.aten.leaky_relu_backward.grad_input
 
 
 class _Popup(torch.autograd.Function):
@@ -67,7 +53,10 @@ class _Popup(torch.autograd.Function):
             out = torch.empty_like(weight)
             fused.times_sign(out, grads[0], weight, scores)
             return out, None, None, None
-        return torch.mul(grads[0], weight).mul_(torch.sign(scores)), None, None, None
+        out = torch.mul(grads[0], weight)
+        if torch.is_grad_enabled():
+            return _with_sign(out, scores, -1.0, False), None, None, None
+        return _with_sign_in_place(out, scores, -1.0, False, grad_input=out), None, None, None
 
 
 def popup_weight(weight: Tensor, scores: Tensor, density: float, passing: Passing | None = None) -> Tensor:
@@ -78,13 +67,14 @@ def popup_weight(weight: Tensor, scores: Tensor, density: float, passing: Passin
 
     Paper: Ramanujan et al. 2020, arXiv:1911.13299, section 3. Deviations: the count is ``round(density * entries)``,
     half to even (the authors keep ``entries - int((1 - density) * entries)``), and of equal scores the later position
-    leaves first; the boundary is found without sorting.
+    leaves first; a score of exactly 0 learns as a negative one does (there: not at all); the boundary is found without
+    sorting.
 
     Args:
         weight: Frozen weights, floating.
         scores: Trainable; of the weight's shape and dtype.
         density: Fraction to keep, in (0, 1].
-        passing: Makes repeated calls fast; see :meth:`Passing.__call__` on the tensor that these return.
+        passing: Makes repeated calls fast.
 
     Raises:
         ConfigError: ``density`` out of range.

@@ -1,40 +1,49 @@
 """Which of values are the k largest, call after call while they move a little: without sorting, in few passes."""
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.learned import fused
-from lightning_prune.learned.pieces import PIECE
 from lightning_prune.selection import select
 
-Changes = tuple[np.ndarray, np.ndarray]
-"""Flat positions, and whether the values there are kept now."""
+_FEW = 2**11  # so many values are put in order in less time than the calls below take
+_PIECE = 2**18  # values that are compared in one go: more would take much memory
+_COLLECT = 64  # collecting takes as long as looking for the boundary among one value in so many
+_NONE = np.empty(0, np.intp)
 
-_MANY = 8  # where more than one value in so many is to be looked at by its position, all are done anew
-_FEW = 500  # where less than one in so many is, the bracket becomes wider
-_ABOVE, _BELOW = np.uint8(1), np.uint8(255)  # a magnitude in the bracket is 0, and so is NaN
+
+class Boundary(NamedTuple):
+    """Those of larger magnitude than ``below`` are kept, and ``also`` those at some places."""
+
+    below: float
+    also: np.ndarray
+    """Flat positions, ascending, of values that are ``below`` exactly."""
 
 
 class TopMask:
     """Which ``kept`` values of one tensor have the largest magnitudes, call after call; of equal ones the first.
 
-    A call looks for the boundary near the place where the last one found it: two comparisons tell what lies above,
-    inside and below a narrow bracket. All values that lie above and were kept, or below and were not, are as they were;
-    the few others are looked at one by one. As many of these are kept as were before, so where the smallest of them
-    lies inside the bracket, it is the boundary. Where it has left the bracket, one selection over all values finds it
-    again. What is remembered changes the time a call takes, never its result.
+    The boundary is looked for among the few values that lay near it when all were looked through. It is right if as
+    many values as are to be kept lie above it, which one count tells. Where others have crossed it, those near it are
+    collected anew; where it has moved too far for that, one selection over all values finds it again. What is
+    remembered changes the time a call takes, never its result.
     """
 
     def __init__(self) -> None:
-        self._at = 0.0  # the boundary: the smallest magnitude that is kept
-        self._speed = 0.0
-        self._width = 0.0  # of half the bracket
-        self._sides: np.ndarray | None = None  # of each value at the last call
-        self._kept = 0
-        self._bracket: _Bracket | None = None
+        self._at = 0.0  # the boundary
+        self._width = 0.0  # half the bracket around it in which values are near
+        self._near: np.ndarray | None = None  # their places, ascending
+        self._kept_near = 0
+        self._calls = 0  # since they were collected
+        self._of = (0, 0)
+        self._flags = np.empty(0, bool)
+        self._compiled = False
 
-    def update(self, values: Tensor, kept: int) -> Changes | Tensor:
+    def update(self, values: Tensor, kept: int) -> Boundary | Tensor:
         """Find them.
 
         Args:
@@ -42,109 +51,100 @@ class TopMask:
             kept: From 1 to the number of values.
 
         Returns:
-            Where the mask has changed since the last call; or all of it, of the shape of ``values``.
+            What tells the mask; or the mask, of the shape of ``values``.
 
         Raises:
             SelectionError: A value is NaN.
         """
-        sides = self._sides
-        if sides is not None and kept == self._kept and len(sides) == values.numel() and _is_fast(values):
-            found = self._near(values.view(-1).numpy(), sides)
-            if found is not None:
-                return found
-        return self._anywhere(values, kept)
+        if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+            return _select(values, kept)
+        flat = values.numpy().ravel()
+        found: Boundary | None = None
+        if kept == len(flat):
+            found = Boundary(-1.0, _NONE) if math.isfinite(flat.dot(flat)) else None
+        elif len(flat) <= _FEW:
+            found = _of_few(flat, kept)
+        elif self._near is not None and self._of == (len(flat), kept):
+            found = self._again(flat, kept)
+        return self._anywhere(values, kept) if found is None else found
 
-    def mask(self, shape: torch.Size) -> Tensor:
-        """The whole mask of the last call that has told changes.
+    def _again(self, flat: np.ndarray, kept: int) -> Boundary | None:
+        found = self._among_near(flat, kept)
+        self._calls += 1
+        if found is None:
+            self._collect(flat, kept)
+            found = self._among_near(flat, kept)
+        if found is not None:
+            self._at = found.below
+        return found
 
-        Args:
-            shape: Of the values.
-        """
-        assert self._sides is not None
-        return torch.from_numpy(self._sides == _ABOVE).view(shape)
+    def _among_near(self, flat: np.ndarray, kept: int) -> Boundary | None:
+        """The boundary, if it lies among the values that are near it and no other has crossed it."""
+        assert self._near is not None
+        rest = len(self._near) - self._kept_near
+        if self._kept_near < 1 or rest < 1:
+            return None
+        magnitudes = np.abs(flat[self._near])
+        magnitudes.partition((rest - 1, rest))
+        below, least = magnitudes[rest - 1], magnitudes[rest]
+        over = self._count_over(flat, least if below == least else below)
+        if over == kept and below < least:
+            return Boundary(float(below), _NONE)
+        if over is None or below != least:
+            return None
+        equal = (np.abs(flat) == least).nonzero()[0]
+        return Boundary(float(least), equal[: kept - over]) if 0 < kept - over <= len(equal) else None
 
-    def _near(self, flat: np.ndarray, sides: np.ndarray) -> Changes | None:
-        guess = self._at + self._speed
-        low, high = flat.dtype.type(guess - self._width), flat.dtype.type(guess + self._width)
-        assert self._bracket is not None
-        odd = self._bracket.odd(flat, low, high, sides)
-        magnitudes, before = np.abs(flat[odd]), sides[odd] == _ABOVE
-        kept = np.count_nonzero(before)
-        if kept == 0 or len(odd) * _MANY > len(flat):
-            return None
-        bound = np.partition(magnitudes, len(odd) - kept)[len(odd) - kept]
-        passes = magnitudes >= bound
-        if not low <= bound <= high:  # NaN too
-            return None
-        surplus = np.count_nonzero(passes) - kept
-        if surplus < 0:  # NaN is no larger than the boundary, though it was sorted above
-            return None
-        if surplus:
-            passes[np.flatnonzero(magnitudes == bound)[-surplus:]] = False
-        turned = passes != before
-        changed, passes = odd[turned], passes[turned]
-        sides[changed] = np.where(passes, _ABOVE, _BELOW)
-        self._move(float(bound), float(bound) - self._at, 0.9 if len(odd) * _FEW > len(flat) else 1.3)
-        return changed, passes
+    def _collect(self, flat: np.ndarray, kept: int) -> None:
+        """Collect the values that are near the boundary now."""
+        if self._near is not None:
+            self._width *= 1.3 if _COLLECT * self._calls * len(self._near) < len(flat) else 0.8
+        low, high = flat.dtype.type(self._at - self._width), flat.dtype.type(self._at + self._width)
+        near, above = [], 0
+        for start in range(0, len(flat), _PIECE):
+            magnitudes = np.abs(flat[start : start + _PIECE])
+            is_above = magnitudes > high
+            above += int(np.count_nonzero(is_above))
+            near.append(np.equal(is_above, magnitudes < low).nonzero()[0] + start)  # neither; NaN too
+        self._near, self._kept_near, self._calls = np.concatenate(near), kept - above, 0
+
+    def _count_over(self, flat: np.ndarray, number: np.floating) -> int | None:
+        """How many magnitudes are larger; ``None`` where one may be NaN."""
+        count = 0
+        for start in range(0, len(flat), _PIECE):
+            piece = flat[start : start + _PIECE]
+            if self._compiled:
+                over, nan = fused.count_over()(piece, number)
+            else:
+                flags, nan = self._flags[: len(piece)], not math.isfinite(piece.dot(piece))  # an infinity, too
+                over = np.count_nonzero(np.greater(piece, number, out=flags))
+                over += np.count_nonzero(np.less(piece, -number, out=flags))
+            if nan:
+                return None
+            count += over
+        return count
 
     def _anywhere(self, values: Tensor, kept: int) -> Tensor:
-        magnitudes = values.abs()
-        mask = select({"the scores of a mask": magnitudes}, remove=magnitudes.numel() - kept)["the scores of a mask"]
-        if _is_fast(values):
-            at = float(magnitudes.view(-1).numpy()[mask.view(-1).numpy()].min())
-            self._move(at, 0.0, 1.0)
-            self._width = min(max(self._width, 0.002 * at), 0.02 * at)
-            self._sides, self._kept = np.where(mask.view(-1).numpy(), _ABOVE, _BELOW), kept
-            self._bracket = _Bracket(values)
+        mask = _select(values, kept)
+        if values.numel() > _FEW:
+            flat = values.numpy().ravel()
+            self._at, self._of = float(np.abs(flat[mask.numpy().ravel()]).min()), (len(flat), kept)
+            self._width = min(max(self._width, 0.002 * self._at), 0.02 * self._at)
+            self._compiled = fused.usable(values)
+            if not self._compiled:
+                self._flags = np.empty(min(len(flat), _PIECE), bool)  # fresh memory costs as much as the comparison
+            self._collect(flat, kept)
         return mask
 
-    def _move(self, bound: float, speed: float, wider: float) -> None:
-        error = abs(bound - self._at - self._speed)
-        self._width = max(wider * self._width, 4 * error, 1e-6 * bound, 1e-30)
-        self._at, self._speed = bound, speed
+
+def _select(values: Tensor, kept: int) -> Tensor:
+    scores = values.abs()
+    return select({"the scores of a mask": scores}, remove=scores.numel() - kept)["the scores of a mask"]
 
 
-def _is_fast(values: Tensor) -> bool:
-    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
-
-
-class _Bracket:
-    """Finds the values of one tensor that lie inside a bracket, or on another side of it than before.
-
-    Without Numba, NumPy compares into bytes and picks by them several times as fast as torch. Results go where those of
-    the last call were: fresh memory would cost as much as the comparisons.
-
-    Args:
-        values: Like those that will be looked through.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self._compiled = fused.usable(values)
-        if self._compiled:
-            self._places = np.empty(values.numel(), np.intp)  # memory is taken as far as it is written to
-            return
-        size = min(PIECE, values.numel())
-        self._magnitudes = np.empty(size, values.view(-1).numpy().dtype)
-        self._above = np.empty(size, bool)
-        self._odd = np.empty(values.numel(), bool)
-
-    def odd(self, flat: np.ndarray, low: np.floating, high: np.floating, sides: np.ndarray) -> np.ndarray:
-        """Where magnitudes lie from ``low`` to ``high``, or on another side of these than ``sides`` has them.
-
-        To be used before the next call.
-        """
-        if self._compiled:
-            return self._places[: fused.elsewhere()(flat, low, high, sides, self._places)]
-        for start in range(0, len(flat), PIECE):
-            stop = min(start + PIECE, len(flat))
-            magnitudes, above, mark = (
-                self._magnitudes[: stop - start],
-                self._above[: stop - start],
-                self._odd[start:stop],
-            )
-            np.abs(flat[start:stop], out=magnitudes)
-            np.greater(magnitudes, high, out=above)
-            np.less(magnitudes, low, out=mark)
-            side = np.subtract(above.view(np.uint8), mark.view(np.uint8), out=above.view(np.uint8))
-            np.not_equal(side, sides[start:stop], out=mark)
-        return self._odd.nonzero()[0]
+def _of_few(flat: np.ndarray, kept: int) -> Boundary | None:
+    """By sorting; ``None`` unless the boundary is plain."""
+    ordered = np.sort(np.abs(flat))  # NaN goes last
+    if np.isnan(ordered[-1]) or ordered[-kept - 1] == ordered[-kept]:
+        return None
+    return Boundary(float(ordered[-kept - 1]), _NONE)

@@ -88,7 +88,7 @@ def test_what_passes_is_what_a_selection_keeps_wherever_scores_move(
         if step == 30:
             weight.mul_(2)
         if step == 33:
-            found.zero_()  # somebody writes to the result
+            found.zero_()  # somebody writes to the result, which is the caller's
         scores = scores + 1e-3 * direction + 1e-4 * torch.randn(300, 300)
         values = (scores / grain).round() * grain if grain else scores
         found = passing(values, weight, kept)
@@ -180,7 +180,17 @@ def test_compiled_passes_give_the_same_bits(dtype: torch.dtype, monkeypatch: pyt
     scores[::7], grad[3], grad[7], grad[14] = 0, math.inf, math.inf, math.nan
     signed = torch.empty_like(weight)
     fused.times_sign(signed, grad, weight, scores)
-    torch.testing.assert_close(signed, grad * weight * torch.sign(scores), rtol=0, atol=0, equal_nan=True)
+    product = grad * weight
+    expected = torch.where(scores > 0, product, -product)
+    torch.testing.assert_close(signed, expected, rtol=0, atol=0, equal_nan=True)
+    own = scores.clone().requires_grad_()
+    monkeypatch.setattr(fused, "can_compile", lambda: False)
+    popup_weight(weight, own, 0.5).backward(grad)
+    torch.testing.assert_close(own.grad, expected, rtol=0, atol=0, equal_nan=True)
+    over, nan = fused.count_over()(scores.numpy(), scores.numpy().dtype.type(0.7))
+    assert (over, nan) == (int((scores.abs() > 0.7).sum()), 0)
+    scores[17] = math.nan
+    assert fused.count_over()(scores.numpy(), scores.numpy().dtype.type(0.7))[1] == 1
 
     probabilities = torch.rand(50_001, dtype=dtype)
     level = Levels(1, 2, 3, 0, CPU).next(50_001)
