@@ -117,8 +117,8 @@ class TopMask:
                 over, nan = fused.count_over()(piece, number)
             else:
                 flags, nan = self._flags[: len(piece)], not math.isfinite(piece.dot(piece))  # an infinity, too
-                over = np.count_nonzero(np.greater(piece, number, out=flags))
-                over += np.count_nonzero(np.less(piece, -number, out=flags))
+                over = int(np.count_nonzero(np.greater(piece, number, out=flags)))
+                over += int(np.count_nonzero(np.less(piece, -number, out=flags)))
             if nan:
                 return None
             count += over
