@@ -87,14 +87,16 @@ def _own_box(shape: torch.Size, mesh: Any, placements: Any) -> Box:
 
 @lru_cache(maxsize=256)
 def _everyones_boxes(shape: torch.Size, mesh: Any, placements: Any) -> tuple[Box, ...] | None:
-    """The box of each process, by its rank; ``None``: only they know, since chunks are not along axes one by one."""
+    """The box of each process, by its rank; ``None``: only they know.
+
+    So it is where chunks are not along axes one by one, and where others may lie on a mesh of their own.
+    """
     from torch.distributed.tensor import Replicate, Shard
 
-    if any(type(placement) not in (Replicate, Shard) for placement in placements):
-        return None
-    nothing = Box((0,) * len(shape), (0,) * len(shape))
-    boxes = [nothing] * torch.distributed.get_world_size()
     ranks: Tensor = mesh.mesh
+    boxes = [Box((0,) * len(shape), (0,) * len(shape))] * torch.distributed.get_world_size()
+    if ranks.numel() != len(boxes) or any(type(placement) not in (Replicate, Shard) for placement in placements):
+        return None
     for place in itertools.product(*map(range, ranks.shape)):
         offset, size = [0] * len(shape), list(shape)
         for at, count, placement in zip(place, ranks.shape, placements, strict=True):
@@ -210,8 +212,9 @@ def _fsdp_module() -> type | None:
 class Layout:
     """Who holds what of some tensors, and who counts it.
 
-    Building one is a collective, of a few bytes a tensor, if chunks of one of them are not along its axes one by one
-    (so does FSDP2 over tensor parallelism cut). Else every process knows what the others hold.
+    Building one is a collective, of a few bytes a tensor, if chunks of one of them are not along its axes one by one (so
+    does FSDP2 over tensor parallelism cut) or it lies on some of the processes only, as others may have its like. Else
+    every process knows what the others hold.
 
     Args:
         parts: What this process holds; the same names and global shapes on every process.

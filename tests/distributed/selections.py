@@ -35,7 +35,8 @@ CASES = {2: 30, 4: 60}
 def check(folder: Path, world: int) -> dict[str, Any]:
     flat = init_device_mesh("cpu", (world,))
     square = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    sharded = sum(check_case(seed, [flat, square]) for seed in range(CASES[world]))
+    meshes = [flat, square, square["tensor_parallel"]]  # of the last, every two processes have one of their own
+    sharded = sum(check_case(seed, meshes) for seed in range(CASES[world]))
     check_layouts(square)
     check_many_ties(flat)
     check_network(folder, square)
