@@ -212,9 +212,9 @@ def _fsdp_module() -> type | None:
 class Layout:
     """Who holds what of some tensors, and who counts it.
 
-    Building one is a collective, of a few bytes a tensor, if chunks of one of them are not along its axes one by one (so
-    does FSDP2 over tensor parallelism cut) or it lies on some of the processes only, as others may have its like. Else
-    every process knows what the others hold.
+    Building one is a collective, of a few bytes a tensor, if chunks of one of them are not along its axes one by one
+    (so does FSDP2 over tensor parallelism cut) or it lies on some of the processes only, as others may have its like.
+    Else every process knows what the others hold.
 
     Args:
         parts: What this process holds; the same names and global shapes on every process.
