@@ -61,7 +61,7 @@ class TopMask:
         flat = values.numpy().ravel()
         found: Boundary | None = None
         if kept == len(flat):
-            found = Boundary(-1.0, _NONE) if math.isfinite(flat.dot(flat)) else None
+            found = Boundary(-1.0, _NONE) if math.isfinite(flat.dot(flat)) else None  # all are larger, if none is NaN
         elif len(flat) <= _FEW:
             found = _of_few(flat, kept)
         elif self._near is not None and self._of == (len(flat), kept):

@@ -71,6 +71,15 @@ def test_popup_gradient_is_autograds_of_the_formula(dtype: torch.dtype, compiled
     assert (own[mask == 0] != 0).all()
 
 
+def test_popup_gradient_at_zero_and_of_the_gradient() -> None:
+    weight, scores = torch.tensor([2.0, 3.0, 5.0, 7.0]), torch.tensor([0.0, -0.0, 1.0, -1.0], requires_grad=True)
+    given = torch.tensor([1.0, 1.0, 10.0, 100.0], requires_grad=True)
+    for create_graph in (False, True):
+        grad = torch.autograd.grad(popup_weight(weight, scores, 0.5), scores, given, create_graph=create_graph)[0]
+        assert grad.tolist() == [-2, -3, 50, -700]
+    assert torch.autograd.grad(grad.sum(), given)[0].tolist() == [-2, -3, 5, -7]
+
+
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("grain", [0.0, 0.01])  # scores all different; many equal ones
 @pytest.mark.parametrize("compiled", COMPILED, indirect=True)
